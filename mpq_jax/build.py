@@ -1,0 +1,126 @@
+"""From a config to the model, the quantizer and the layer table."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpq_jax import models
+from mpq_jax.config import Config
+from mpq_jax.pretrained import load_safetensors
+from mpq_jax.quantize import quantize
+from mpq_jax.quantizers import QUANTIZERS
+from mpq_jax.quantizers.lsq import STARTS
+from mpq_jax.rules import Rules, parse_value
+from mpq_jax.types import Bits, Layer, QuantizedModel, Quantizer, Refusal
+
+# Sample shape and classes of the sets that --describe knows without opening them.
+SHAPES = {
+    "digits": ((8, 8, 1), 10),
+    "fashion_mnist": ((28, 28, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "imagenet2012": ((224, 224, 3), 1000),
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def float_model(config: Config, num_classes: int) -> Any:
+    """The user's model: a name in mpq_jax.models, or "package.module:factory" called with (num_classes, **options).
+
+    Raises Refusal for a name or an option that does not exist.
+    """
+    if config.model.dtype not in DTYPES:
+        raise Refusal(f"model.dtype {config.model.dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    options = dict(config.model.options)
+    if config.model.dtype != "float32":
+        options["dtype"] = DTYPES[config.model.dtype]
+    name = config.model.name
+    try:
+        if ":" not in name:
+            return models.create(name, num_classes, **options)
+        module, _, factory = name.partition(":")
+        return getattr(importlib.import_module(module), factory)(num_classes=num_classes, **options)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise Refusal(f"model {name!r} cannot be made: {str(error).splitlines()[0]}") from None
+
+
+def quantizer(config: Config) -> Quantizer:
+    """The quantizer that the config names. Raises Refusal for one that does not exist."""
+    settings = config.quantize
+    if settings.quantizer not in QUANTIZERS:
+        raise Refusal(f"quantizer {settings.quantizer!r} is not known; choose one of {', '.join(QUANTIZERS)}")
+    if settings.start not in STARTS:
+        raise Refusal(f"quantize.start {settings.start!r} is not known; choose one of {', '.join(STARTS)}")
+    return QUANTIZERS[settings.quantizer](
+        settings.start,
+        per_channel=settings.per_channel,
+        power_of_two=settings.power_of_two,
+        narrow=settings.narrow,
+    )
+
+
+def rules(config: Config) -> Rules:
+    """The config's "regex=value" rules as (regex, value) pairs. Raises Refusal for one without "="."""
+    pairs = []
+    for rule in config.quantize.rules:
+        pattern, equals, value = rule.rpartition("=")
+        if not equals:
+            raise Refusal(f'rule {rule!r} has no "="; write regex=8,8 or regex=float or regex=w2/4/8,a4/8')
+        pairs.append((pattern, parse_value(value)))
+    return pairs
+
+
+def quantized(config: Config, num_classes: int, image_shape: tuple[int, int, int]) -> QuantizedModel:
+    """The config's model, quantized as it says. Only shapes are computed."""
+    settings = config.quantize
+    ends = None
+    if settings.ends != "searched":
+        ends = parse_value(settings.ends)
+        if not isinstance(ends, Bits):
+            raise Refusal(f'quantize.ends {settings.ends!r} must be bits such as "8,8", or "searched"')
+    return quantize(
+        float_model(config, num_classes),
+        jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
+        bit_widths=settings.bit_widths,
+        activation_bit_widths=settings.activation_bit_widths or None,
+        quantizer=quantizer(config),
+        rules=rules(config),
+        ends=ends,
+        tie_activations=settings.tie_activations,
+        train=False,
+    )
+
+
+def float_variables(
+    config: Config, model: QuantizedModel, num_classes: int, image_shape: tuple[int, int, int]
+) -> Mapping[str, Any]:
+    """The float model's variables: its own (NNX), or initialised from the seed; then `model.weights` where given."""
+    variables = model.variables
+    if variables is None:
+        x = jnp.zeros((1, *image_shape), jnp.float32)
+        variables = jax.jit(float_model(config, num_classes).init)(jax.random.key(config.seed), x)
+    if config.model.weights:
+        variables = load_safetensors(config.model.weights, config.model.name, variables)
+    return variables
+
+
+def layer_table(config: Config) -> tuple[Layer, ...]:
+    """The layer table of a config, from shapes alone: no data, no training.
+
+    Raises Refusal for a data set whose shape is not known without opening it.
+    """
+    if config.data.name not in SHAPES:
+        raise Refusal(f"the image shape of {config.data.name!r} is not known here; known are {', '.join(SHAPES)}")
+    shape, num_classes = SHAPES[config.data.name]
+    size = config.data.image_size
+    return quantized(config, num_classes, (size, size, shape[2]) if size else shape).layers
+
+
+def uniform_name(bits: int) -> str:
+    """"W3A3"."""
+    return f"W{bits}A{bits}"
+
+
+__all__ = ["float_model", "float_variables", "layer_table", "quantized", "quantizer", "rules", "uniform_name"]

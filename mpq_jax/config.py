@@ -1,0 +1,229 @@
+"""A run's settings: typed, one file an experiment, every value overridable on the command line. No JAX."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from mpq_jax.types import Refusal
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    name: str = "digits"  # digits, fashion_mnist, cifar10, imagenet2012, or any TFDS image classification set
+    data_dir: str = ""  # where prepared sets lie; empty: data/ here, then ~/tensorflow_datasets
+    validation_fraction: float = 0.1  # cut from the training split
+    augment: bool = True
+    image_size: int = 0  # 0: the set's own
+    workers: int = 0  # processes that read ahead; 0: threads of this one
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    name: str = "resnet8"  # a name in mpq_jax.models, or "my_package.module:factory"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # JSON; passed to the model
+    dtype: str = "float32"  # compute type: float32 or bfloat16; step sizes stay float32
+    weights: str = ""  # a .safetensors file in timm/torchvision naming, in place of float training
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    quantizer: str = "lsq"
+    bit_widths: tuple[int, ...] = (2, 3, 4, 5, 6)
+    activation_bit_widths: tuple[int, ...] = ()  # empty: as bit_widths
+    rules: tuple[str, ...] = ()  # "regex=8,8" (fixed), "regex=float", "regex=w2/4/8,a4/8" (candidates); first wins
+    ends: str = "8,8"  # first and last layer where no rule speaks of them; "searched": as any other
+    tie_activations: bool = True
+    start: str = "statistics"  # step sizes' start: statistics, or same (0.1 / bits in every layer)
+    per_channel: bool = False
+    power_of_two: bool = False
+    narrow: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    steps: int = 400  # 0: by epochs
+    epochs: float = 0.0
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup_steps: int = 50
+    label_smoothing: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    steps: int = 300
+    epochs: float = 0.0
+    batch_size: int = 64
+    weights: str = "still"  # still, or trained (as in the paper)
+    learning_rate: float = 0.01  # of the weights where they are trained
+    end_learning_rate: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 2.5e-5
+    clip: float = 1.0  # gradients of weights, by value
+    warmup_steps: int = 0
+    step_size_optimizer: str = "log_adam"  # log_adam, or sgd (with the weights' settings, as in the paper)
+    step_size_learning_rate: float = 0.05
+    random_rows: int = 1
+    same_bits: bool = False  # random rows draw one width for weights and activations, as in the paper
+    affine_per_row: bool = False
+    rows_at_a_time: int = 0  # 0: all rows in one go
+    accumulate: int = 1  # batches an optimizer step
+    average: float = 0.0  # decay of the moving average of the parameters; 0: none
+    label_smoothing: float = 0.0
+    distill: float = 0.0  # weight of in-place distillation from the widest row
+    alpha: str = "auto"  # fitted to the logged random rows, or a number
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    start: str = "joint"  # weights and step sizes from the joint model, or from float
+    steps: int = 300
+    epochs: float = 0.0
+    batch_size: int = 128
+    learning_rate: float = 0.04
+    momentum: float = 0.9
+    weight_decay: float = 2.5e-5
+    warmup_steps: int = 20
+    step_size_learning_rate: float = 0.005
+    label_smoothing: float = 0.0
+    distill: float = 0.0  # weight of distillation from the float model
+    accumulate: int = 1
+    average: float = 0.0
+    compare: bool = True  # also fine-tune the best uniform policy that fits, and random ones
+    random_policies: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    data: Data = Data()
+    model: Model = Model()
+    quantize: Quantize = Quantize()
+    pretrain: Pretrain = Pretrain()
+    joint: Joint = Joint()
+    finetune: Finetune = Finetune()
+    eval_batch_size: int = 500
+    statistics_batches: int = 10  # training batches that normalisation statistics are re-estimated on
+    checkpoint_every: int = 200  # steps
+    log_every: int = 20  # steps
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The `config` that a config file defines, with command-line overrides (["--joint.steps", "100"]).
+
+    Raises Refusal for a file that is missing or defines none, and for unknown or ill-typed overrides.
+    """
+    if not Path(path).is_file():
+        near = sorted(str(p) for p in Path("configs").glob("*.py"))
+        raise Refusal(f"config {path} does not exist; there are: {', '.join(near) or 'none in configs/'}")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:
+        raise Refusal(f"config {path} cannot be run: {type(error).__name__}: {error}") from None
+    if not isinstance(config, Config):
+        raise Refusal(f"config {path} must define `config = Config(...)` (from mpq_jax.config import Config)")
+    return override(config, overrides)
+
+
+def options(config: Config) -> dict[str, tuple[Any, Any]]:
+    """{"joint.steps": (type, value), ...}, every value that can be overridden."""
+    result: dict[str, tuple[Any, Any]] = {}
+    for name, kind in get_type_hints(Config).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            for inner, inner_kind in get_type_hints(kind).items():
+                result[f"{name}.{inner}"] = (inner_kind, getattr(value, inner))
+        else:
+            result[name] = (kind, value)
+    return result
+
+
+def override(config: Config, arguments: Sequence[str]) -> Config:
+    """`config` with ["--key", "value", "--key=value", ...] applied; unknown keys are refused with the nearest one."""
+    known = options(config)
+    changes: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise Refusal(f"{word!r} stands alone; options look like --joint.steps 100")
+        key, given, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise Refusal(f"unknown option --{key}; the nearest is --{near[0]} (train.py --help lists all)")
+        if not given:
+            if not rest:
+                raise Refusal(f"option --{key} needs a value, e.g. --{key} {_text(known[key][1]) or 'X'}")
+            value = rest.pop(0)
+        changes[key] = _parse(key, known[key][0], value)
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            config = dataclasses.replace(
+                config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+            )
+        else:
+            config = dataclasses.replace(config, **{name: value})
+    return config
+
+
+def _parse(key: str, kind: Any, text: str) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if get_origin(kind) is tuple:
+            item = get_args(kind)[0]
+            separator = ";" if item is str else ","
+            return tuple(item(part.strip()) for part in text.split(separator) if part.strip())
+        if get_origin(kind) is dict:
+            value = json.loads(text)
+            if not isinstance(value, dict):
+                raise ValueError
+            return value
+        return kind(text)
+    except (KeyError, ValueError):
+        example = {bool: "true or false", int: "an integer", float: "a number"}.get(kind)
+        if example is None:
+            example = "a JSON object" if get_origin(kind) is dict else "a list such as 2,3,4"
+        raise Refusal(f"option --{key} takes {example}, found {text!r}") from None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def add_help(parser: argparse.ArgumentParser, config: Config | None = None) -> None:
+    """Lists every overridable value, with its type and default, in the parser's --help."""
+    lines = ["any value of the config can be overridden:"]
+    for key, (kind, value) in options(config or Config()).items():
+        name = getattr(kind, "__name__", str(kind)) if not get_args(kind) else str(kind).replace("typing.", "")
+        lines.append(f"  --{key}  ({name}, default {_text(value) or 'empty'})")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "\n".join(lines)
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """Plain JSON values, section by section."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(mine: dict[str, Any], theirs: dict[str, Any], sections: Sequence[str]) -> list[str]:
+    """Keys of `sections` in which two configs (as JSON) differ."""
+    found = []
+    for section in sections:
+        a, b = mine.get(section), theirs.get(section)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{section}.{key}" for key in {**a, **b} if a.get(key) != b.get(key)]
+        elif a != b:
+            found.append(section)
+    return found

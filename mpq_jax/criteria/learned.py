@@ -1,0 +1,106 @@
+"""The paper's criterion: the learned step size itself is the importance (LIMPQ, Tang et al., ECCV 2022)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpq_jax import flax_seam
+from mpq_jax.types import Importance, Layer, QuantizedModel
+
+
+class RowLog(NamedTuple):
+    """What the random rows of joint training cost.
+
+    step: int32 [N]. assignment: int32 [N, L, 2], weight and activation bits of the searched layers.
+    loss: float32 [N]. reference: float32 [N], the mean loss of the same step's uniform rows (same weights, same batch).
+    """
+
+    step: np.ndarray
+    assignment: np.ndarray
+    loss: np.ndarray
+    reference: np.ndarray
+
+
+def learned(model: QuantizedModel, variables: Mapping[str, Any], log: RowLog | None = None) -> Importance:
+    """Importance from the step sizes in a parameter tree (files are not needed: any tree with those leaves will do).
+
+    weight[l, i] and activation[l, j] are the indicators s_w and s_a of LIMPQ's objective
+    sum_l (s_a[l, j] + alpha s_w[l, i]); for other quantizers, their grid's spacing in input units.
+    log: with it alpha is fitted (`fit_alpha`), else None.
+    Entries at bit-widths that a rule took from a layer repeat the largest of the row: no reader may prefer them.
+    """
+    tables = {
+        kind: np.stack([_row(model, variables, layer, kind) for layer in model.layers if layer.searched])
+        for kind in ("weight", "activation")
+    }
+    importance = Importance(
+        criterion="learned",
+        bit_widths=model.bit_widths,
+        activation_bit_widths=model.activation_bit_widths,
+        layers=model.layers,
+        weight=tables["weight"],
+        activation=tables["activation"],
+    )
+    return importance if log is None else importance._replace(alpha=fit_alpha(importance, log))
+
+
+def _row(model: QuantizedModel, variables: Mapping[str, Any], layer: Layer, kind: str) -> np.ndarray:
+    """[K] float64: the indicators of one layer at the global bit-widths."""
+    spec = next(s for s in model.specs.values() if layer.path in s.paths)
+    weight = kind == "weight"
+    every = model.bit_widths if weight else model.activation_bit_widths
+    own = (layer.weight_bit_widths if weight else layer.activation_bit_widths) or every
+    held = spec.weight_bit_widths if weight else spec.activation_bit_widths
+    quantizer = model.quantizer.weight if weight else model.quantizer.activation
+    position = np.unravel_index(spec.paths.index(layer.path), spec.stack) if spec.stack else ()
+    flat = flax_seam.flatten(variables["params"])
+    name = spec.names[kind]
+    leaves = {path[len(name) :]: np.asarray(leaf)[position] for path, leaf in flat.items() if path.startswith(name)}
+
+    def indicator(bits: int) -> float:
+        at = {key: jnp.asarray(leaf[held.index(bits)]) for key, leaf in leaves.items()}
+        return float(quantizer.indicator(at, bits, weight or spec.signed))
+
+    known = {bits: indicator(bits) for bits in own}
+    return np.array([known.get(bits, max(known.values())) for bits in every])
+
+
+def fit_alpha(importance: Importance, log: RowLog) -> float:
+    """The alpha whose sum predicts the logged losses of the random rows best.
+
+    Least squares of  loss - reference  on  1, c * (A + alpha W)  with c >= 0, where A and W are the row's sums of
+    activation and weight indicators; alpha is searched on a logarithmic grid of [1e-3, 1e3] (121 points).
+    The reference (same step, same batch) takes out what the step and the batch contribute. The later half of the log
+    is used: the early rows measured step sizes that had not settled.
+    Returns 1.0 where the log holds fewer than 8 rows, or no alpha predicts with a positive slope.
+    """
+    late = log.step >= (np.median(log.step) if len(log.step) else 0)
+    target = (log.loss - log.reference)[late].astype(np.float64)
+    if len(target) < 8:
+        return 1.0
+    w, a = _sums(importance, log.assignment[late])
+    best, best_fit = 1.0, 0.0
+    for alpha in np.logspace(-3, 3, 121):
+        x = a + alpha * w
+        x, y = x - x.mean(), target - target.mean()
+        norm = float(x @ x)
+        slope = float(x @ y)
+        if norm > 0 and slope > 0 and slope**2 / norm > best_fit:
+            best, best_fit = float(alpha), slope**2 / norm
+    return float(f"{best:.4g}")
+
+
+def _sums(importance: Importance, assignment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[N], [N]: each row's sum of weight and of activation indicators."""
+    assert importance.weight is not None and importance.activation is not None
+
+    def total(table: np.ndarray, widths: Sequence[int], bits: np.ndarray) -> np.ndarray:
+        column = np.searchsorted(np.asarray(widths), bits)
+        return table[np.arange(table.shape[0]), column].sum(-1)
+
+    return (
+        total(importance.weight, importance.bit_widths, assignment[..., 0]),
+        total(importance.activation, importance.activation_bit_widths, assignment[..., 1]),
+    )

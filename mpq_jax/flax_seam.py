@@ -1,0 +1,138 @@
+"""The only file that knows Linen and NNX: a model becomes a pure function of {collection: nested dict of arrays}."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen, nnx, traverse_util
+
+from mpq_jax.types import Refusal
+
+Variables = Mapping[str, Any]
+
+
+class Seam(NamedTuple):
+    """A user's model as pure functions.
+
+    shapes(inputs, kwargs) -> variables as jax.ShapeDtypeStruct.
+    run(variables, inputs, kwargs, mutable, rngs) -> (outputs, updates): `updates` holds the collections in `mutable`.
+    variables: the model's own variables where it carries them (NNX), else None.
+    """
+
+    shapes: Callable[..., Variables]
+    run: Callable[..., tuple[Any, Variables]]
+    variables: Variables | None
+
+
+def seam(model: Any) -> Seam:
+    """The seam of a Linen or an NNX model. Raises Refusal for anything else."""
+    if isinstance(model, linen.Module):
+        return _linen(model)
+    if isinstance(model, nnx.Module):
+        return _nnx(model)
+    raise Refusal(f"{type(model).__name__} is neither a flax.linen.Module nor a flax.nnx.Module; pass one of these")
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dict -> {"a/b/c": leaf}."""
+    return dict(traverse_util.flatten_dict(dict(tree), sep="/"))
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b/c": leaf} -> nested dict."""
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def mutable_collections(variables: Variables) -> list[str]:
+    """Every collection but the parameters: what a forward pass in training may change."""
+    return [name for name in variables if name != "params"]
+
+
+def _linen(model: linen.Module) -> Seam:
+    def shapes(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Variables:
+        rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+        # Only arrays are abstracted: flags such as train=True stay Python values.
+        arrays, rebuild = split_arrays((tuple(inputs), dict(kwargs)))
+
+        def init(arrays):
+            args, kwargs = rebuild(arrays)
+            return model.init(rngs, *args, **kwargs)
+
+        return jax.eval_shape(init, arrays)
+
+    def run(variables, inputs, kwargs, mutable, rngs):
+        if mutable:
+            return model.apply(variables, *inputs, mutable=mutable, rngs=rngs, **kwargs)
+        return model.apply(variables, *inputs, rngs=rngs, **kwargs), {}
+
+    return Seam(shapes, run, None)
+
+
+def _nnx(model: nnx.Module) -> Seam:
+    graph, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    # Where each NNX path stands among our collections, e.g. ("conv1", "kernel") -> params, "conv1/kernel".
+    places = {path: (_collection(variable), "/".join(map(str, path))) for path, variable in flat}
+    takes_train = "train" in inspect.signature(type(model).__call__).parameters
+
+    def gather(state: Any) -> Variables:
+        collections: dict[str, dict[str, Any]] = {}
+        for path, variable in nnx.to_flat_state(state):
+            collection, name = places[path]
+            collections.setdefault(collection, {})[name] = variable.get_value()
+        return {name: unflatten(flat) for name, flat in collections.items()}
+
+    def scatter(variables: Variables) -> Any:
+        flat_variables = {name: flatten(tree) for name, tree in variables.items()}
+        leaves = []
+        for path, variable in flat:
+            collection, name = places[path]
+            leaves.append((path, variable.replace(flat_variables[collection][name])))
+        return nnx.from_flat_state(leaves)
+
+    def run(variables, inputs, kwargs, mutable, rngs):
+        if rngs:
+            raise Refusal("an NNX model carries its own random streams; leave rngs out")
+        merged = nnx.merge(graph, scatter(variables))
+        kwargs = dict(kwargs)
+        if "train" in kwargs and not takes_train:
+            # NNX keeps the mode in the modules, not in the call.
+            merged.train() if kwargs.pop("train") else merged.eval()
+        outputs = merged(*inputs, **kwargs)
+        updates = gather(nnx.state(merged)) if mutable else {}
+        wanted = list(updates) if mutable is True else (mutable or [])
+        return outputs, {name: updates[name] for name in wanted if name in updates}
+
+    variables = gather(state)
+
+    def shapes(inputs, kwargs):
+        del inputs, kwargs
+        return jax.eval_shape(lambda: variables)
+
+    return Seam(shapes, run, variables)
+
+
+def _collection(variable: Any) -> str:
+    """Linen's name of an NNX variable's type: params, batch_stats, ..."""
+    for kind, name in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats"), (nnx.Cache, "cache")):
+        if isinstance(variable, kind) or variable.type is kind:
+            return name
+    return variable.type.__name__
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays in a tree of arguments, and a function that puts others in their place."""
+    leaves, treedef = jax.tree.flatten(tree)
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+
+    def rebuild(arrays: Sequence[Any]) -> Any:
+        given = iter(arrays)
+        return jax.tree.unflatten(
+            treedef, [next(given) if a else leaf for leaf, a in zip(leaves, is_array, strict=True)]
+        )
+
+    return [leaf for leaf, a in zip(leaves, is_array, strict=True) if a], rebuild
+
+
+

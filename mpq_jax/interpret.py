@@ -1,0 +1,436 @@
+"""Walks the jaxpr of a model and hands every product of data with a parameter to a handler.
+
+This is how a model is reached without editing it: whatever its modules look like, in the jaxpr a layer is a
+`dot_general` or `conv_general_dilated` with one operand that was computed from parameters alone. The walk carries an
+`Origin` beside every value, and goes into `jit`, `checkpoint` (nn.remat) and `scan` (nn.scan).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core
+
+CONTRACTIONS = ("dot_general", "conv_general_dilated")
+# Products that no quantizer here can take apart; with a parameter in them they count as not reached.
+OTHER_CONTRACTIONS = ("ragged_dot_general", "ragged_dot")
+INLINED = ("jit", "pjit", "closed_call", "core_call")
+
+
+class Origin(NamedTuple):
+    """Where a value comes from.
+
+    leaves: paths of the parameters it was computed from, if from nothing but parameters and constants; else ().
+    data: whether an input of the model took part.
+    tensor: a number that stays the same through reshapes, transposes and casts.
+    nonnegative: whether it is known to be >= 0 whatever the input.
+    stack: which of the surrounding scans slice these leaves (0 is the outermost).
+    """
+
+    leaves: tuple[str, ...]
+    data: bool
+    tensor: int
+    nonnegative: bool
+    stack: tuple[int, ...] = ()
+
+    @property
+    def is_weight(self) -> bool:
+        return bool(self.leaves) and not self.data
+
+
+class Call(NamedTuple):
+    """One product of data with a weight, as the handler sees it.
+
+    leaf: path of the parameter (the largest, where the weight was computed from several).
+    weight_side: 0 or 1, which operand is the weight.
+    channel_axes: axes of the weight operand that are output channels.
+    scans: lengths of the surrounding scans, outermost first.
+    stack: which of them slice the leaf: a stack of layers. The others run the same layer again.
+    index: how many calls of this leaf came before it in the walk.
+    where: the module path (name stack), for messages.
+    """
+
+    leaf: str
+    primitive: str
+    params: dict[str, Any]
+    weight_side: int
+    channel_axes: tuple[int, ...]
+    activation: Origin
+    scans: tuple[int, ...]
+    stack: tuple[int, ...]
+    index: int
+    where: str
+    macs: int
+
+
+class Trace(NamedTuple):
+    """What a walk saw beside the layers: products of two activations, and products it could not reach."""
+
+    products: list[tuple[str, int]]
+    unreached: list[tuple[str, str, tuple[str, ...]]]
+
+
+# handler(call, lhs, rhs, value of the leaf) -> (out, tap)
+Handler = Callable[[Call, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+class _Walk:
+    """The state of one walk: the handler, counters, and what was noticed."""
+
+    def __init__(self, handler: Handler, sizes: dict[str, int]):
+        self.handler = handler
+        self.sizes = sizes
+        self.counter = itertools.count()
+        self.calls: dict[str, int] = {}
+        self.trace = Trace([], [])
+        self.scans: tuple[int, ...] = ()
+
+    def fresh(self) -> int:
+        return next(self.counter)
+
+
+def interpret(
+    closed: core.ClosedJaxpr,
+    arguments: Sequence[Any],
+    leaves: Sequence[str | None],
+    values: dict[str, Any],
+    handler: Handler,
+) -> tuple[list[Any], dict[tuple[str, int], Any], Trace]:
+    """Evaluates a jaxpr, with `handler` in place of every product of data with a parameter.
+
+    arguments: flat arguments. leaves: for each, the parameter's path, or None for data.
+    values: parameter path -> pytree given to the handler with that layer; under a scan that slices the parameter, its
+    arrays have the scan's length as their leading axis and are sliced alike.
+    Returns the flat outputs; what the handler tapped, (path, call number) -> tap, stacked under scans; and the Trace.
+    """
+    walk = _Walk(handler, {leaf: int(np.size(a)) for leaf, a in zip(leaves, arguments, strict=True) if leaf})
+    origins = [
+        Origin((leaf,), False, walk.fresh(), False) if leaf else Origin((), True, walk.fresh(), False)
+        for leaf in leaves
+    ]
+    constants = [_constant(walk, c) for c in closed.consts]
+    outs, _, taps = _evaluate(walk, closed.jaxpr, [*closed.consts, *arguments], [*constants, *origins], values)
+    return outs, taps, walk.trace
+
+
+def _constant(walk: _Walk, value: Any) -> Origin:
+    known = isinstance(value, (int, float, bool, np.ndarray, np.generic))
+    return Origin((), False, walk.fresh(), bool(known and np.all(np.asarray(value) >= 0)))
+
+
+def _evaluate(walk: _Walk, jaxpr: Any, arguments: Sequence[Any], origins: Sequence[Origin], values: dict[str, Any]):
+    """-> (outputs, their origins, taps). The jaxpr's constants come first among the arguments."""
+    env: dict[Any, tuple[Any, Origin]] = {}
+    taps: dict[tuple[str, int], Any] = {}
+
+    def read(atom):
+        if isinstance(atom, core.Literal):
+            return atom.val, _constant(walk, atom.val)
+        return env[atom]
+
+    for variable, argument, origin in zip((*jaxpr.constvars, *jaxpr.invars), arguments, origins, strict=True):
+        env[variable] = (argument, origin)
+    for eqn in jaxpr.eqns:
+        read_in = [read(a) for a in eqn.invars]
+        ins, ins_origins = [v for v, _ in read_in], [o for _, o in read_in]
+        outs, outs_origins, new_taps = _equation(walk, eqn, ins, ins_origins, values)
+        taps.update(new_taps)
+        for variable, out, origin in zip(eqn.outvars, outs, outs_origins, strict=True):
+            env[variable] = (out, origin)
+    results = [read(a) for a in jaxpr.outvars]
+    return [v for v, _ in results], [o for _, o in results], taps
+
+
+def _equation(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[str, Any]):
+    name = eqn.primitive.name
+    if name in CONTRACTIONS:
+        return _contraction(walk, eqn, ins, origins, values)
+    if any(_has_contraction(sub) for sub in _subjaxprs(eqn)):
+        if name in INLINED:
+            inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+            jaxpr, constants = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, [])
+            return _evaluate(
+                walk, jaxpr, [*constants, *ins], [*(_constant(walk, c) for c in constants), *origins], values
+            )
+        if name in ("checkpoint", "remat2", "remat"):
+            return _checkpoint(walk, eqn, ins, origins, values)
+        if name == "scan":
+            return _scan(walk, eqn, ins, origins, values)
+        _note_unreached(walk, eqn, origins)
+    elif name in OTHER_CONTRACTIONS:
+        _note_unreached(walk, eqn, origins)
+    outs = _bind(eqn, ins)
+    return outs, _origins(walk, eqn, origins), {}
+
+
+def _bind(eqn: Any, ins: list[Any]) -> list[Any]:
+    """The equation itself, evaluated as a jaxpr of one equation: JAX's public way to keep its derivative rules."""
+    given = {v: x for v, x in zip(eqn.invars, ins, strict=True) if not isinstance(v, core.Literal)}
+    outvars = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
+    names = core.DebugInfo(
+        "interpret", eqn.primitive.name, tuple("" for _ in given), tuple("" for _ in outvars)
+    )
+    jaxpr = core.Jaxpr([], list(given), outvars, [eqn], eqn.effects, names)
+    outs = iter(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))(*given.values()))
+    return [None if isinstance(v, core.DropVar) else next(outs) for v in eqn.outvars]
+
+
+def _subjaxprs(eqn: Any) -> list[Any]:
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            item = getattr(item, "jaxpr", item) if not hasattr(item, "eqns") else item
+            if hasattr(item, "eqns"):
+                found.append(item)
+    return found
+
+
+def _has_contraction(jaxpr: Any) -> bool:
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return any(
+        e.primitive.name in (*CONTRACTIONS, *OTHER_CONTRACTIONS) or any(_has_contraction(s) for s in _subjaxprs(e))
+        for e in jaxpr.eqns
+    )
+
+
+def _where(eqn: Any) -> str:
+    return str(eqn.source_info.name_stack) or "the model's top level"
+
+
+def _note_unreached(walk: _Walk, eqn: Any, origins: list[Origin]) -> None:
+    leaves = tuple(dict.fromkeys(leaf for o in origins if o.is_weight for leaf in o.leaves))
+    if leaves:
+        walk.trace.unreached.append((_where(eqn), eqn.primitive.name, leaves))
+
+
+# ---- products -----------------------------------------------------------------------------------------------------
+
+
+def _contraction(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[str, Any]):
+    lhs, rhs = origins
+    macs = contraction_macs(eqn.primitive.name, eqn.params, *(v.aval for v in (*eqn.invars, *eqn.outvars)))
+    out_origin = _origins(walk, eqn, origins)
+    if lhs.is_weight == rhs.is_weight or not (lhs.data or rhs.data):
+        # Two activations, or two parameters: the latter's result is a weight itself, seen where it meets data.
+        if lhs.data and rhs.data:
+            walk.trace.products.append((_where(eqn), macs * math.prod(walk.scans)))
+        return _bind(eqn, ins), out_origin, {}
+    side = 0 if lhs.is_weight else 1
+    weight, activation = origins[side], origins[1 - side]
+    leaf = max(weight.leaves, key=lambda path: walk.sizes[path])
+    index = walk.calls.get(leaf, 0)
+    walk.calls[leaf] = index + 1
+    call = Call(
+        leaf=leaf,
+        primitive=eqn.primitive.name,
+        params=eqn.params,
+        weight_side=side,
+        channel_axes=_channel_axes(eqn.primitive.name, eqn.params, side, eqn.invars[side].aval.ndim),
+        activation=activation,
+        scans=walk.scans,
+        stack=weight.stack,
+        index=index,
+        where=_where(eqn),
+        macs=macs,
+    )
+    out, tap = walk.handler(call, ins[0], ins[1], values.get(leaf))
+    return [out], out_origin, ({} if tap is None else {(leaf, index): tap})
+
+
+def contraction_macs(name: str, params: dict[str, Any], lhs: Any, rhs: Any, out: Any) -> int:
+    """Multiply-accumulates of one product, from its shapes. A transposed convolution counts no inserted zeros."""
+    if name == "dot_general":
+        (contracting, _), _ = params["dimension_numbers"]
+        return math.prod(out.shape) * math.prod(lhs.shape[i] for i in contracting)
+    numbers = params["dimension_numbers"]
+    kernel = math.prod(rhs.shape[i] for i in numbers.rhs_spec[2:])
+    per_group = rhs.shape[numbers.rhs_spec[1]]
+    if any(d > 1 for d in params["lhs_dilation"]):
+        positions = math.prod(lhs.shape[i] for i in (numbers.lhs_spec[0], *numbers.lhs_spec[2:]))
+        return positions * kernel * per_group * rhs.shape[numbers.rhs_spec[0]]
+    return math.prod(out.shape) * kernel * per_group
+
+
+def _channel_axes(name: str, params: dict[str, Any], side: int, ndim: int) -> tuple[int, ...]:
+    if name == "conv_general_dilated":
+        return (params["dimension_numbers"].rhs_spec[0],)
+    contracting, batch = params["dimension_numbers"]
+    return tuple(i for i in range(ndim) if i not in contracting[side] and i not in batch[side])
+
+
+# ---- control flow -------------------------------------------------------------------------------------------------
+
+
+def _checkpoint(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[str, Any]):
+    found: list[Any] = []
+
+    def body(arguments, values):
+        outs, outs_origins, taps = _evaluate(walk, eqn.params["jaxpr"], arguments, origins, values)
+        found.append(outs_origins)
+        return outs, taps
+
+    remat = jax.checkpoint(
+        _counted_once(walk, body), prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
+    )
+    outs, taps = remat(ins, values)
+    return outs, found[-1], taps
+
+
+def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[str, Any]):
+    params = eqn.params
+    closed, length = params["jaxpr"], params["length"]
+    n_consts, n_carry = params["num_consts"], params["num_carry"]
+    consts, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
+    inner = [o._replace(tensor=walk.fresh()) for o in origins]
+    for i in range(n_consts, n_consts + n_carry):
+        # What a step hands to the next stays what it was only if the step returns it untouched.
+        if closed.jaxpr.outvars[i - n_consts] is not closed.jaxpr.invars[i]:
+            inner[i] = Origin((), True, walk.fresh(), False)
+    sliced = {leaf for o in inner[n_consts + n_carry :] for leaf in o.leaves}
+    inner[n_consts + n_carry :] = [
+        o._replace(stack=(*o.stack, len(walk.scans))) if o.leaves else o for o in inner[n_consts + n_carry :]
+    ]
+    sliced_values = {leaf: value for leaf, value in values.items() if leaf in sliced}
+    shared_values = {leaf: value for leaf, value in values.items() if leaf not in sliced}
+    constants = [_constant(walk, c) for c in closed.consts]
+    found: list[Any] = []
+
+    def body(carry, slices):
+        xs, leaf_values = slices
+        outs, outs_origins, taps = _evaluate(
+            walk,
+            closed.jaxpr,
+            [*closed.consts, *consts, *carry, *xs],
+            [*constants, *inner],
+            {**shared_values, **leaf_values},
+        )
+        found.append(outs_origins)
+        return outs[:n_carry], (outs[n_carry:], taps)
+
+    walk.scans = (*walk.scans, length)
+    carry, (ys, taps) = jax.lax.scan(
+        _counted_once(walk, body),
+        carry,
+        (xs, sliced_values),
+        length=length,
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    walk.scans = walk.scans[:-1]
+    outs_origins = [o._replace(tensor=walk.fresh(), stack=()) for o in found[-1]]
+    return [*carry, *ys], outs_origins, taps
+
+
+def _counted_once(walk: _Walk, body: Callable[..., Any]) -> Callable[..., Any]:
+    """JAX may trace a body more than once; only the last trace counts."""
+    calls, noticed = dict(walk.calls), (len(walk.trace.products), len(walk.trace.unreached))
+
+    def counted(*arguments):
+        walk.calls = dict(calls)
+        del walk.trace.products[noticed[0] :]
+        del walk.trace.unreached[noticed[1] :]
+        return body(*arguments)
+
+    return counted
+
+
+# ---- origins ------------------------------------------------------------------------------------------------------
+
+_SAME_TENSOR = (
+    "reshape",
+    "transpose",
+    "squeeze",
+    "expand_dims",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "optimization_barrier",
+    "broadcast_in_dim",
+    "reduce_precision",
+)
+_KEEPS_SIGN = (
+    *_SAME_TENSOR,
+    "slice",
+    "dynamic_slice",
+    "rev",
+    "gather",
+    "reduce_max",
+    "reduce_min",
+    "reduce_sum",
+    "reduce_window_max",
+    "reduce_window_sum",
+    "reduce_window_min",
+    "reduce_window",
+    "cumsum",
+    "cummax",
+    "sqrt",
+    "rsqrt",
+    "tanh",
+    "log1p",
+    "expm1",
+    "sign",
+    "floor",
+    "ceil",
+    "round",
+)
+_ALL_NONNEGATIVE = ("add", "add_any", "mul", "div", "min", "concatenate", "pad", "rem", "pow", "dot_general")
+_NEVER_NEGATIVE = ("exp", "exp2", "logistic", "abs", "square", "iota", "argmax", "argmin", "random_bits")
+
+
+def _origins(walk: _Walk, eqn: Any, origins: list[Origin]) -> list[Origin]:
+    """The origins of an equation's outputs."""
+    name = eqn.primitive.name
+    data = any(o.data for o in origins)
+    weights = [] if data else [o for o in origins if o.leaves]
+    leaves = tuple(dict.fromkeys(leaf for o in weights for leaf in o.leaves))
+    stack = max((o.stack for o in weights), key=len, default=())
+    inner = _inner_signs(walk, eqn, origins)
+    result = []
+    for k in range(len(eqn.outvars)):
+        nonnegative = inner[k] if inner is not None else _nonnegative(name, eqn, origins)
+        tensor = origins[0].tensor if name in _SAME_TENSOR and origins else walk.fresh()
+        result.append(Origin(leaves, data, tensor, nonnegative, stack))
+    return result
+
+
+def _nonnegative(name: str, eqn: Any, origins: list[Origin]) -> bool:
+    signs = [o.nonnegative for o in origins]
+    if name in _NEVER_NEGATIVE:
+        return True
+    if name == "integer_pow":
+        return eqn.params["y"] % 2 == 0 or signs[0]
+    if name == "max":
+        return any(signs)
+    if name == "clamp":
+        return signs[0]
+    if name == "select_n":
+        return all(signs[1:])
+    if name == "mul" and eqn.invars[0] is eqn.invars[1]:
+        return True
+    if name in _ALL_NONNEGATIVE:
+        return all(signs)
+    return bool(signs) and name in _KEEPS_SIGN and signs[0]
+
+
+def _inner_signs(walk: _Walk, eqn: Any, origins: list[Origin]) -> list[bool] | None:
+    """Signs of the outputs of a call (jax.nn.relu is one), by walking its body; None where it has none such."""
+    name = eqn.primitive.name
+    if name not in (*INLINED, "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "checkpoint"):
+        return None
+    bodies = _subjaxprs(eqn)
+    if not bodies or len(bodies[0].invars) != len(origins):
+        return None
+    env: dict[Any, Origin] = dict(zip(bodies[0].invars, origins, strict=True))
+
+    def read(atom):
+        if isinstance(atom, core.Literal):
+            return _constant(walk, atom.val)
+        return env.get(atom, Origin((), False, -1, False))
+
+    for inner in bodies[0].eqns:
+        outs = _origins(walk, inner, [read(a) for a in inner.invars])
+        env.update(zip(inner.outvars, outs, strict=True))
+    return [read(a).nonnegative for a in bodies[0].outvars]

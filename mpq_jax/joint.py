@@ -1,0 +1,389 @@
+"""Joint training: one step runs a stack of policies (rows), and their gradients are summed.
+
+Float training is a stack of one row without bits, fine-tuning a stack of one policy: there is no other training path.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mpq_jax import flax_seam
+from mpq_jax.types import Bits, Layer, QuantizedModel, Refusal
+
+Batch = Mapping[str, jax.Array]
+
+
+class Task(NamedTuple):
+    """What the network is trained for.
+
+    inputs(batch) -> positional arguments of the model's call.
+    loss(outputs, batch) -> [], the mean over the batch.
+    correct(outputs, batch) -> (right answers [], examples []); padded examples (label -1) count in neither.
+    train_kwargs, eval_kwargs: keyword arguments of the model's call in training and in evaluation.
+    """
+
+    inputs: Callable[[Batch], tuple[Any, ...]]
+    loss: Callable[[Any, Batch], jax.Array]
+    correct: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+    train_kwargs: Mapping[str, Any]
+    eval_kwargs: Mapping[str, Any]
+
+
+def classification(label_smoothing: float = 0.0, train_kwargs=None, eval_kwargs=None) -> Task:
+    """Images to labels: batches {"image": [B, H, W, C], "label": int32 [B]}, a label of -1 marking padding."""
+
+    def loss(logits, batch):
+        labels = batch["label"]
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+        each = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+        valid = labels >= 0
+        return jnp.where(valid, each, 0).sum() / jnp.maximum(valid.sum(), 1)
+
+    def correct(logits, batch):
+        valid = batch["label"] >= 0
+        return ((logits.argmax(-1) == batch["label"]) & valid).sum(), valid.sum()
+
+    return Task(
+        lambda batch: (batch["image"],),
+        loss,
+        correct,
+        {"train": True} if train_kwargs is None else train_kwargs,
+        {"train": False} if eval_kwargs is None else eval_kwargs,
+    )
+
+
+class Distill(NamedTuple):
+    """Soft targets: (1 - weight) * loss + weight * KL(teacher || row).
+
+    teacher: "widest" (in place: the row of the most bits teaches the others), or "given" (its logits come in the
+    batch under "teacher").
+    """
+
+    weight: float
+    teacher: str = "widest"
+
+
+class TrainState(NamedTuple):
+    """params: the parameter tree, step sizes included. rows: per row [P, ...] copies of whatever each row keeps to
+    itself: {"stats": the collections that training changes, "affine": flat parameters, {} unless asked for,
+    "index": [P]}.
+    optimizer: optax state. average: moving average of params, or None. step: int32 [].
+    """
+
+    params: Any
+    rows: Mapping[str, Any]
+    optimizer: Any
+    average: Any
+    step: jax.Array
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
+
+
+def uniform_rows(layers: Sequence[Layer], bit_widths: Sequence[int], activation_bit_widths: Sequence[int]):
+    """The K uniform policies as one stack {path: Bits(int32 [K], int32 [K])}; K is the number of distinct widths.
+
+    A layer without that width takes the candidate nearest to it (the lower of two).
+    """
+    every = sorted({*bit_widths, *activation_bit_widths})
+
+    def nearest(bits, candidates):
+        return min(candidates, key=lambda c: (abs(c - bits), c))
+
+    def row(layer: Layer, bits: int) -> Bits:
+        if layer.bits is not None:
+            return layer.bits
+        return Bits(
+            nearest(bits, layer.weight_bit_widths or bit_widths),
+            nearest(bits, layer.activation_bit_widths or activation_bit_widths),
+        )
+
+    rows = {layer.path: [row(layer, b) for b in every] for layer in layers}
+    return {path: Bits(*(jnp.asarray(x, jnp.int32) for x in zip(*bits, strict=True))) for path, bits in rows.items()}
+
+
+def random_rows(
+    key: jax.Array,
+    layers: Sequence[Layer],
+    bit_widths: Sequence[int],
+    activation_bit_widths: Sequence[int],
+    rows: int,
+    same_bits: bool = False,
+):
+    """R random policies as one stack {path: Bits(int32 [R], int32 [R])}, drawn inside the compiled step.
+
+    Weight and activation bits are drawn independently, uniformly from each layer's candidates; layers with equal
+    `tied` share the draw of their activation bits. same_bits: both get the weights' draw, as in LIMPQ.
+    """
+    drawn: dict[str, Bits] = {}
+    groups: dict[str, jax.Array] = {}
+    for i, layer in enumerate(layers):
+        if layer.bits is not None:
+            drawn[layer.path] = Bits(*(jnp.full(rows, b, jnp.int32) for b in layer.bits))
+            continue
+        key_w, key_a = jax.random.split(jax.random.fold_in(key, i))
+        w = _draw(key_w, layer.weight_bit_widths or bit_widths, rows)
+        candidates = layer.activation_bit_widths or activation_bit_widths
+        a = w if same_bits and tuple(candidates) == tuple(bit_widths) else _draw(key_a, candidates, rows)
+        if layer.tied is not None:
+            # Where a rule narrowed one of the tied layers, it keeps its own draw.
+            a = groups.setdefault(f"{layer.tied} {tuple(candidates)}", a)
+        drawn[layer.path] = Bits(w, a)
+    return drawn
+
+
+def _draw(key: jax.Array, candidates: Sequence[int], rows: int) -> jax.Array:
+    return jnp.asarray(candidates, jnp.int32)[jax.random.randint(key, (rows,), 0, len(candidates))]
+
+
+def concatenate(*stacks: Mapping[str, Bits]) -> dict[str, Bits]:
+    """Stacks of policies, one after the other along the row axis."""
+    return {path: Bits(*(jnp.concatenate(parts) for parts in zip(*(s[path] for s in stacks), strict=True))) for path in stacks[0]}
+
+
+def assignment_array(policies: Mapping[str, Bits], layers: Sequence[Layer]) -> jax.Array:
+    """int32 [P, L, 2]: the weight and activation bits of every row, in the order of `layers`."""
+    return jnp.stack([jnp.stack([policies[layer.path].w, policies[layer.path].a], -1) for layer in layers], 1)
+
+
+# ---- state --------------------------------------------------------------------------------------------------------
+
+
+def init_state(
+    variables: Mapping[str, Any],
+    optimizer: optax.GradientTransformation,
+    rows: int,
+    *,
+    affine_per_row: bool = False,
+    average: bool = False,
+) -> TrainState:
+    """The state before the first step. rows: P.
+
+    affine_per_row: every row has its own scale and bias of each normalisation that keeps statistics.
+    """
+    stats = {name: variables[name] for name in flax_seam.mutable_collections(variables)}
+    affine = {}
+    if affine_per_row:
+        normalised = {path.rpartition("/")[0] for path in flax_seam.flatten(variables.get("batch_stats", {}))}
+        flat = flax_seam.flatten(variables["params"])
+        affine = {path: leaf for path, leaf in flat.items() if path.rpartition("/")[0] in normalised}
+        if not affine:
+            raise Refusal("affine_per_row needs normalisation layers with batch statistics; this model has none")
+    copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * rows), {"stats": stats, "affine": affine})
+    copies["index"] = jnp.arange(rows)  # a model without statistics has nothing else to count its rows by
+    params = variables["params"]
+    return TrainState(
+        params=params,
+        rows=copies,
+        optimizer=optimizer.init((params, copies["affine"])),
+        average=params if average else None,
+        step=jnp.zeros((), jnp.int32),
+    )
+
+
+def row_variables(state: TrainState, row: int, averaged: bool = False) -> dict[str, Any]:
+    """The variables of one row, for evaluation or to start fine-tuning from."""
+    params = state.average if averaged and state.average is not None else state.params
+    one = jax.tree.map(lambda leaf: leaf[row], state.rows)
+    return {"params": _with_affine(params, one["affine"]), **one["stats"]}
+
+
+def _with_affine(params: Any, affine: Mapping[str, Any]) -> Any:
+    return flax_seam.unflatten({**flax_seam.flatten(params), **affine}) if affine else params
+
+
+# ---- the loss and the step ----------------------------------------------------------------------------------------
+
+
+def joint_loss(
+    model: QuantizedModel,
+    task: Task,
+    params: Any,
+    rows: Mapping[str, Any],
+    policies: Mapping[str, Bits] | None,
+    batch: Batch,
+    *,
+    rngs: Mapping[str, jax.Array] | None = None,
+    distill: Distill | None = None,
+    error_weight: float = 0.0,
+) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    """The sum of the rows' losses (LIMPQ algorithm 1), all rows under one `jax.vmap`.
+
+    error_weight: lambda of a term  lambda * sum over layers of (mean (x_hat - x)^2 / mean x^2), of weights and of
+    activations, that reaches step sizes only. After a normalisation layer the task loss hardly depends on a step size
+    that clips everything, and hardly at all at high bit-widths; this term tells the two directions apart.
+
+    policies: a stack {path: Bits([P], [P])}, or None for the float model (the rows then differ in nothing).
+    Returns (sum [], (losses [P], statistics after the batch [P, ...])).
+    """
+    mutable = list(rows["stats"])
+
+    def forward(row, policy):
+        variables = {"params": _with_affine(params, row["affine"]), **row["stats"]}
+        with_error = bool(error_weight) and policy is not None
+        out = model.apply(
+            variables,
+            policy,
+            *task.inputs(batch),
+            mutable=mutable,
+            rngs=rngs,
+            with_error=with_error,
+            **task.train_kwargs,
+        )
+        *outputs, error = out if with_error else (out if mutable else (out,)) + (0.0,)
+        return outputs[0], outputs[1] if mutable else {}, error
+
+    outputs, stats, errors = jax.vmap(forward, out_axes=(0, 0, 0))(rows, policies)
+    losses = jax.vmap(lambda out: task.loss(out, batch))(outputs)
+    if distill is not None:
+        losses = _distilled(distill, losses, outputs, policies, batch)
+    return (losses + error_weight * errors).sum(), (losses, stats)
+
+
+def _distilled(distill: Distill, losses, outputs, policies, batch):
+    """Mixes in the divergence from the teacher; the widest row itself keeps its plain loss."""
+    if distill.teacher == "given":
+        teacher, is_teacher = batch["teacher"][None], jnp.zeros(losses.shape, bool)
+    else:
+        width = sum(bits.w + bits.a for bits in policies.values())
+        widest = jnp.argmax(width)
+        teacher, is_teacher = outputs[widest][None], jnp.arange(losses.shape[0]) == widest
+    target = jax.lax.stop_gradient(jax.nn.log_softmax(teacher.astype(jnp.float32)))
+    mine = jax.nn.log_softmax(outputs.astype(jnp.float32))
+    divergence = (jnp.exp(target) * (target - mine)).sum(-1).mean(-1)
+    mixed = (1 - distill.weight) * losses + distill.weight * divergence
+    return jnp.where(is_teacher, losses, mixed)
+
+
+def make_step(
+    model: QuantizedModel,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    *,
+    uniform: Mapping[str, Bits] | None,
+    random: int = 0,
+    same_bits: bool = False,
+    rows_at_a_time: int = 0,
+    distill: Distill | None = None,
+    error_weight: float = 0.0,
+    average: float = 0.0,
+    dropout: bool = False,
+    sample: Callable[[jax.Array], Mapping[str, Bits]] | None = None,
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """step(state, batch, key) -> (state, {"losses": [P], "assignment": int32 [R, L, 2], "gradient_norm": []}).
+
+    uniform: the stack of fixed rows (None: one float row). random: R rows drawn anew each step from `key` and the
+        state's step number; sample(key) -> stack replaces the uniform draw.
+    rows_at_a_time: map so many rows at once and accumulate (0: all). Must divide P.
+    average: decay of the moving average of the parameters (0: none).
+    The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
+    """
+
+    def draw(key):
+        if sample is not None:
+            return sample(key)
+        return random_rows(
+            key, model.layers, model.bit_widths, model.activation_bit_widths, random, same_bits
+        )
+
+    def gradients(state, policies, batch, rngs):
+        def loss(trained, rows, policies):
+            params, affine = trained
+            rows = {**rows, "affine": affine}
+            return joint_loss(model, task, params, rows, policies, batch, rngs=rngs, distill=distill, error_weight=error_weight)
+
+        return _accumulated(loss, state, policies, rows_at_a_time)
+
+    def step(state: TrainState, batch: Batch, key: jax.Array):
+        key = jax.random.fold_in(key, state.step)
+        key_rows, key_dropout = jax.random.split(key)
+        policies = uniform
+        metrics = {}
+        if random:
+            drawn = draw(key_rows)
+            policies = concatenate(uniform, drawn) if uniform is not None else drawn
+            searched = [layer for layer in model.layers if layer.searched]
+            metrics["assignment"] = assignment_array(drawn, searched)
+        rngs = {"dropout": key_dropout} if dropout else None
+        grads, losses, stats = gradients(state, policies, batch, rngs)
+        trained = (state.params, state.rows["affine"])
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
+        params, affine = optax.apply_updates(trained, updates)
+        averaged = optax.incremental_update(params, state.average, 1 - average) if average else state.average
+        metrics |= {"losses": losses, "gradient_norm": optax.global_norm(grads)}
+        rows = {**state.rows, "stats": stats, "affine": affine}
+        return TrainState(params, rows, optimizer_state, averaged, state.step + 1), metrics
+
+    return step
+
+
+def _accumulated(loss, state: TrainState, policies, rows_at_a_time: int):
+    """Gradients of all rows at once, or of a few rows at a time, summed. -> (gradients, losses [P], stats [P, ...])"""
+    trained = (state.params, state.rows["affine"])
+    if not rows_at_a_time:
+        grads, (losses, stats) = jax.grad(loss, has_aux=True)(trained, state.rows, policies)
+        return grads, losses, stats
+    rows = jax.tree.leaves((state.rows, policies))[0].shape[0]
+    if rows % rows_at_a_time:
+        fits = [n for n in range(1, rows + 1) if rows % n == 0]
+        raise Refusal(f"rows_at_a_time={rows_at_a_time} does not divide the {rows} rows; choose one of {fits}")
+
+    def split(tree):
+        return jax.tree.map(lambda x: x.reshape(rows // rows_at_a_time, rows_at_a_time, *x.shape[1:]), tree)
+
+    def body(total, part):
+        affine, part_rows, part_policies = part
+        (shared, own), (losses, stats) = jax.grad(loss, has_aux=True)((state.params, affine), part_rows, part_policies)
+        return jax.tree.map(jnp.add, total, shared), (own, losses, stats)
+
+    parts = split((state.rows["affine"], state.rows, policies))
+    shared, stacked = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, state.params), parts)
+    own, losses, stats = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), stacked)
+    return (shared, own), losses, stats
+
+
+# ---- evaluation ---------------------------------------------------------------------------------------------------
+
+
+def make_evaluate(model: QuantizedModel, task: Task):
+    """evaluate(variables [P, ...] in all but params, policies, batch) -> (loss sums [P], right [P], examples [])."""
+
+    def evaluate(params, stats, policies, batch):
+        def row(stats, policy):
+            outputs = model.apply({"params": params, **stats}, policy, *task.inputs(batch), **task.eval_kwargs)
+            right, count = task.correct(outputs, batch)
+            return task.loss(outputs, batch) * count, right, count
+
+        losses, right, count = jax.vmap(row)(stats, policies)
+        return losses, right, count[0]
+
+    return evaluate
+
+
+def make_batch_statistics(model: QuantizedModel, task: Task):
+    """statistics(params, stats [P, ...], policies, batch) -> the batch's own normalisation statistics [P, ...].
+
+    A normalisation layer only ever shows m * old + (1 - m) * batch, with a momentum m of its own. Running it from
+    old = 0 and from old = 1 gives both m and the batch's statistics, whatever the model.
+    """
+
+    def statistics(params, stats, policies, batch):
+        def row(stats, policy):
+            def updated(old):
+                variables = {"params": params, **stats, "batch_stats": old}
+                _, new = model.apply(
+                    variables, policy, *task.inputs(batch), mutable=["batch_stats"], **task.train_kwargs
+                )
+                return new["batch_stats"]
+
+            zeros = jax.tree.map(jnp.zeros_like, stats["batch_stats"])
+            ones = jax.tree.map(jnp.ones_like, stats["batch_stats"])
+            from_zero, from_one = updated(zeros), updated(ones)
+            return jax.tree.map(lambda low, high: low / (1 - (high - low)), from_zero, from_one)
+
+        return jax.vmap(row)(stats, policies)
+
+    return statistics

@@ -1,0 +1,49 @@
+"""Rounding, ranges and gradients that every quantizer is written with."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_jvp
+def round_straight_through(x: jax.Array) -> jax.Array:
+    """Rounds half to even; its derivative is 1 everywhere (the straight-through estimator)."""
+    return jnp.round(x)
+
+
+@round_straight_through.defjvp
+def _(primals, tangents):
+    return jnp.round(primals[0]), tangents[0]
+
+
+def integer_range(bits: jax.Array, signed: bool, narrow: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Q_N and Q_P, float32 [], such that codes lie in [-Q_N, Q_P] (Esser et al. 2020, section 2).
+
+    bits: int32 [], may be traced. Signed: 2^(b-1) and 2^(b-1) - 1; unsigned: 0 and 2^b - 1.
+    narrow: leaves out -2^(b-1), so that the signed range is symmetric.
+    """
+    one = jnp.int32(1)
+    bits = jnp.asarray(bits, jnp.int32)
+    if signed:
+        half = (one << (bits - 1)).astype(jnp.float32)
+        return half - 1 if narrow else half, half - 1
+    full = (one << bits).astype(jnp.float32)
+    return jnp.zeros_like(full), full - 1
+
+
+def at_bits(values: jax.Array, bit_widths: Sequence[int], bits: jax.Array) -> jax.Array:
+    """The entry of `values` [K, ...] that belongs to `bits` (int32 [], traced), as a sum with a one-hot vector.
+
+    A sum, not a gather: its gradient is an outer product, cheap under `vmap` over rows. Bits that are not in
+    `bit_widths` give NaN, so that a policy that was never validated cannot pass for a result.
+    """
+    hit = jnp.asarray(bit_widths, jnp.int32) == bits
+    chosen = jnp.tensordot(hit.astype(values.dtype), values, axes=1)
+    return jnp.where(hit.any(), chosen, jnp.nan)
+
+
+def sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sums x over the axes along which `shape` was broadcast to x's shape."""
+    x = x.sum(axis=tuple(range(x.ndim - len(shape))))
+    return x.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1), keepdims=True)

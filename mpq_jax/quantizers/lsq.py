@@ -1,0 +1,129 @@
+"""LSQ: Esser et al., "Learned Step Size Quantization", ICLR 2020; as used by LIMPQ (Tang et al., ECCV 2022)."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mpq_jax.numerics import integer_range, round_straight_through, sum_to
+from mpq_jax.types import Quantizer, TensorQuantizer
+
+STARTS = ("statistics", "same")
+
+
+@jax.custom_vjp
+def fake_quant(x: jax.Array, step_size: jax.Array, q_n: jax.Array, q_p: jax.Array, g: jax.Array) -> jax.Array:
+    """x_hat = round(clip(x / s, -Q_N, Q_P)) * s, with the gradients of LSQ (equations 1 to 5).
+
+    x: [...]; step_size: broadcasts with x, positive; q_n, q_p, g: []. Returns x's shape and dtype.
+    d x_hat / d x = 1 inside the range, else 0.
+    d x_hat / d s = g * (round(x/s) - x/s inside, -Q_N below, Q_P above).
+    One custom rule instead of a chain of small ones: both gradients come from one pass over x, and nothing but x is
+    kept for it.
+    """
+    v = x.astype(jnp.float32) / step_size
+    return (jnp.round(jnp.clip(v, -q_n, q_p)) * step_size).astype(x.dtype)
+
+
+def _forward(x, step_size, q_n, q_p, g):
+    return fake_quant(x, step_size, q_n, q_p, g), (x, step_size, q_n, q_p, g)
+
+
+def _backward(residuals, gradient):
+    x, step_size, q_n, q_p, g = residuals
+    v = x.astype(jnp.float32) / step_size
+    inside = (v >= -q_n) & (v <= q_p)
+    d_step = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, -q_n, q_p))
+    d_x = jnp.where(inside, gradient, 0).astype(x.dtype)
+    d_step_size = sum_to(gradient.astype(jnp.float32) * d_step, step_size.shape) * g
+    return d_x, d_step_size.astype(step_size.dtype), jnp.zeros_like(q_n), jnp.zeros_like(q_p), jnp.zeros_like(g)
+
+
+fake_quant.defvjp(_forward, _backward)
+
+
+def weight_start(w: jax.Array, bits: int, channel_axes: tuple[int, ...] = ()) -> jax.Array:
+    """s_b = max(|mean - 3 std|, |mean + 3 std|) / 2^(b-1) (LIMPQ's code). [] or, per output channel, [C]."""
+    axes = tuple(i for i in range(w.ndim) if i not in channel_axes)
+    mean, std = w.mean(axes), w.std(axes)
+    return (jnp.maximum(jnp.abs(mean - 3 * std), jnp.abs(mean + 3 * std)) / 2 ** (bits - 1)).reshape(
+        (-1,) if channel_axes else ()
+    )
+
+
+def activation_start(x: jax.Array, bits: int, signed: bool) -> jax.Array:
+    """s_b = 2 mean|x| / sqrt(Q_P) (LSQ section 2.1; LIMPQ's code). []."""
+    _, q_p = integer_range(jnp.int32(bits), signed)
+    return 2 * jnp.abs(x).mean() / jnp.sqrt(q_p)
+
+
+def lsq(
+    start: str = "statistics",
+    *,
+    per_channel: bool = False,
+    power_of_two: bool = False,
+    narrow: bool = False,
+    gradient_scale: bool = True,
+) -> Quantizer:
+    """The LSQ quantizer, one leaf "step_size" for each tensor: [K], or [K, C] for weights per output channel.
+
+    start: "statistics", or "same" (s_b = 0.1 / b in every layer).
+    power_of_two: the step size in use is 2^round(log2 s), straight-through.
+    narrow: weights use the symmetric range [-Q_P, Q_P].
+    gradient_scale: multiply the step size's gradient by g = 1 / sqrt(Q_P * elements of x), elements counted over the
+        batch as in LIMPQ's code (a batch in LSQ's paper leaves it out).
+    """
+    if start not in STARTS:
+        raise ValueError(f"start must be one of {STARTS}, found {start!r}")
+
+    def in_use(step_size):
+        return jnp.exp2(round_straight_through(jnp.log2(step_size))) if power_of_two else step_size
+
+    def init(x, bit_widths, signed, channel_axes, weight):
+        channel_axes = tuple(channel_axes) if per_channel and weight else ()
+        channels = math.prod(x.shape[i] for i in channel_axes)
+        shape = (channels,) if channel_axes else ()
+        x = x.astype(jnp.float32)
+
+        def one(bits):
+            if start == "same":
+                return jnp.full(shape, 0.1 / bits, jnp.float32)
+            s = weight_start(x, bits, channel_axes) if weight else activation_start(x, bits, signed)
+            # A tensor of zeros has no scale; any positive number serves.
+            return jnp.where(s > 0, s, 0.1 / bits).astype(jnp.float32)
+
+        return {"step_size": jnp.stack([one(b) for b in bit_widths])}
+
+    def apply_range(bits, signed, weight):
+        return integer_range(bits, signed, narrow and weight)
+
+    def run(x, values, bits, signed, weight):
+        q_n, q_p = apply_range(bits, signed, weight)
+        step_size = in_use(values["step_size"])
+        elements = x.size / step_size.size
+        g = 1 / jnp.sqrt(q_p * elements) if gradient_scale else jnp.ones_like(q_p)
+        return fake_quant(x, step_size, q_n, q_p, g)
+
+    def encode(x, values, bits, signed, weight):
+        q_n, q_p = apply_range(bits, signed, weight)
+        v = x.astype(jnp.float32) / in_use(values["step_size"])
+        return jnp.round(jnp.clip(v, -q_n, q_p)).astype(jnp.int32)
+
+    def decode(codes, values):
+        return codes.astype(jnp.float32) * in_use(values["step_size"])
+
+    def indicator(values, bits, signed):
+        del bits, signed
+        return in_use(values["step_size"]).mean()
+
+    def tensor_quantizer(weight: bool) -> TensorQuantizer:
+        return TensorQuantizer(
+            init=functools.partial(init, weight=weight),
+            fake_quant=functools.partial(run, weight=weight),
+            encode=functools.partial(encode, weight=weight),
+            decode=decode,
+            indicator=indicator,
+        )
+
+    return Quantizer("lsq", tensor_quantizer(True), tensor_quantizer(False))

@@ -1,0 +1,369 @@
+"""The stages of a run: float training, joint training, fine-tuning. Each resumes where it stopped.
+
+A stage writes checkpoints under <workdir>/<stage>/ and nothing else that a later stage needs, but for joint training's
+random_rows.npz and the importance.json made from it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mpq_jax import build, checkpoint, data, flax_seam, joint, optimizers
+from mpq_jax.config import Config, Finetune, Joint, Pretrain
+from mpq_jax.criteria.learned import RowLog
+from mpq_jax.files import whole
+from mpq_jax.progress import progress
+from mpq_jax.types import Bits, Policy, QuantizedModel, Refusal
+
+TRANSIENT = ("teacher",)
+
+
+class Run(NamedTuple):
+    """What every stage needs."""
+
+    config: Config
+    workdir: Path
+    dataset: data.Dataset
+    model: QuantizedModel
+    variables: Mapping[str, Any]
+
+
+def open_run(config: Config, workdir: Path) -> Run:
+    """Opens the data set and builds the model. Raises Refusal for whatever is missing."""
+    dataset = data.open_dataset(
+        config.data.name,
+        data_dir=config.data.data_dir or None,
+        validation_fraction=config.data.validation_fraction,
+        seed=config.seed,
+        image_size=config.data.image_size or None,
+        augment=config.data.augment,
+    )
+    model = build.quantized(config, dataset.num_classes, dataset.image_shape)
+    variables = build.float_variables(config, model, dataset.num_classes, dataset.image_shape)
+    return Run(config, workdir, dataset, model, variables)
+
+
+# ---- the loop all stages share ------------------------------------------------------------------------------------
+
+
+class Recorder(NamedTuple):
+    """What a stage keeps beside its checkpoints: load(step) drops what a resumed run will do again; add; flush."""
+
+    load: Callable[[int], None]
+    add: Callable[[int, Mapping[str, np.ndarray]], None]
+    flush: Callable[[], None]
+
+
+def train(
+    run: Run,
+    stage: str,
+    state: joint.TrainState,
+    step: Callable[..., Any],
+    steps: int,
+    batches: Callable[[int], Iterable[Any]],
+    row_names: list[str],
+    recorder: Recorder | None = None,
+) -> joint.TrainState:
+    """Runs `step` until `steps`, from the newest checkpoint of the stage if there is one.
+
+    batches(first_step) -> batches from that step on. Losses are looked at every `log_every` steps and before every
+    checkpoint, so that a checkpoint never holds a state that followed a loss that was not finite.
+    Raises Refusal at such a loss, naming row and step.
+    """
+    config = run.config
+    directory = run.workdir / stage
+    key = jax.random.fold_in(jax.random.key(config.seed), sum(map(ord, stage)))
+    compiled = jax.jit(step, donate_argnums=0)
+    with checkpoint.manager(directory) as manager:
+        found = checkpoint.restore(manager, state)
+        first, state = found if found else (0, state)
+        if recorder:
+            recorder.load(first)
+        if first >= steps:
+            return state
+        pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+        stream = iter(batches(first))
+        with progress(range(first, steps), total=steps - first, label=stage) as bar:
+            for i in bar:
+                state, metrics = compiled(state, next(stream), key)
+                pending.append((i, metrics))
+                last = i + 1 == steps
+                due = last or (i + 1) % config.checkpoint_every == 0
+                if due or (i + 1) % config.log_every == 0:
+                    latest = _settle(pending, row_names, directory, recorder)
+                    bar.note(_summary(row_names, latest))
+                    pending = []
+                if due:
+                    if recorder:
+                        recorder.flush()
+                    checkpoint.save(manager, i + 1, state)
+    return state
+
+
+def _settle(pending, row_names, directory: Path, recorder: Recorder | None) -> np.ndarray:
+    """Fetches the metrics of the steps since the last look; refuses losses that are not finite. -> mean losses [P]"""
+    losses = []
+    for i, metrics in pending:
+        fetched = {name: np.asarray(value) for name, value in metrics.items()}
+        losses.append(fetched["losses"])
+        if not np.isfinite(fetched["losses"]).all():
+            row = row_names[int(np.flatnonzero(~np.isfinite(fetched["losses"]))[0])]
+            raise Refusal(
+                f"the loss of row {row} is not finite at step {i} of {directory.name}; the last good checkpoint is "
+                f"kept in {directory}; lower the learning rate (--{directory.parts[-1]}.learning_rate) and start again"
+            )
+        if recorder:
+            recorder.add(i, fetched)
+    return np.mean(losses, axis=0)
+
+
+def _summary(names: list[str], losses: np.ndarray) -> str:
+    return " ".join(f"{name} {loss:.3f}" for name, loss in zip(names, losses, strict=True))
+
+
+def _steps(settings: Pretrain | Joint | Finetune, run: Run) -> int:
+    if settings.steps:
+        return settings.steps
+    return max(1, round(settings.epochs * run.dataset.sizes["train"] / settings.batch_size))
+
+
+def _train_batches(run: Run, batch_size: int, stage: str) -> Callable[[int], Iterator[Any]]:
+    seed = run.config.seed * 1000 + sum(map(ord, stage)) % 1000
+
+    def batches(first_step: int) -> Iterator[Any]:
+        return iter(
+            data.train_batches(
+                run.dataset, batch_size, seed=seed, first_step=first_step, workers=run.config.data.workers
+            )
+        )
+
+    return batches
+
+
+# ---- float training -----------------------------------------------------------------------------------------------
+
+
+def pretrain(run: Run) -> Mapping[str, Any]:
+    """Trains the float model, or takes the weights that were loaded. -> variables"""
+    settings = run.config.pretrain
+    if run.config.model.weights:
+        return run.variables
+    steps = _steps(settings, run)
+    optimizer = optimizers.sgd(
+        optimizers.schedule(settings.learning_rate, steps, warmup=min(settings.warmup_steps, steps // 2)),
+        settings.momentum,
+        settings.weight_decay,
+    )
+    step = joint.make_step(run.model, joint.classification(settings.label_smoothing), optimizer, uniform=None)
+    state = joint.init_state(run.variables, optimizer, 1)
+    batches = _train_batches(run, settings.batch_size, "pretrain")
+    return joint.row_variables(train(run, "pretrain", state, step, steps, batches, ["float"]), 0)
+
+
+# ---- joint training -----------------------------------------------------------------------------------------------
+
+
+def calibrated(run: Run, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The float variables with step sizes started from one batch."""
+    batch = next(_train_batches(run, max(run.config.joint.batch_size, 256), "calibrate")(0))
+    inputs = joint.classification().inputs(batch)
+    return jax.jit(lambda v, x: run.model.calibrate(v, *x, train=False))(variables, inputs)
+
+
+def joint_optimizer(model: QuantizedModel, settings: Joint, steps: int) -> optax.GradientTransformation:
+    """The default holds the weights still and moves log step sizes with Adam; the paper's trains all by SGD."""
+    updates = max(1, steps // settings.accumulate)
+    warmup = min(settings.warmup_steps, updates // 2)
+
+    def sgd(clip: float, decay: float) -> optax.GradientTransformation:
+        rate = optimizers.schedule(settings.learning_rate, updates, warmup=warmup, end=settings.end_learning_rate)
+        return optimizers.sgd(rate, settings.momentum, decay, clip)
+
+    if settings.weights not in ("still", "trained"):
+        raise Refusal(f'joint.weights {settings.weights!r} is not known; choose "still" or "trained"')
+    weights = optax.set_to_zero() if settings.weights == "still" else sgd(settings.clip, settings.weight_decay)
+    if settings.step_size_optimizer == "log_adam":
+        rate = optimizers.schedule(settings.step_size_learning_rate, updates, warmup=warmup)
+        step_sizes = optimizers.log_space(optax.adam(rate))
+    elif settings.step_size_optimizer == "sgd":
+        step_sizes = optax.chain(sgd(settings.clip, settings.weight_decay), optimizers.keep_positive())
+    else:
+        raise Refusal(f'joint.step_size_optimizer {settings.step_size_optimizer!r}: choose "log_adam" or "sgd"')
+    optimizer = optimizers.partition(model, weights, step_sizes)
+    return optax.MultiSteps(optimizer, settings.accumulate) if settings.accumulate > 1 else optimizer
+
+
+def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainState, RowLog]:
+    """Joint training from calibrated variables. -> (state, log of the random rows)"""
+    settings, model = run.config.joint, run.model
+    steps = _steps(settings, run)
+    optimizer = joint_optimizer(model, settings, steps)
+    uniform = joint.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
+    widths = sorted({*model.bit_widths, *model.activation_bit_widths})
+    names = [build.uniform_name(b) for b in widths] + [f"random{i + 1}" for i in range(settings.random_rows)]
+    step = joint.make_step(
+        model,
+        joint.classification(settings.label_smoothing),
+        optimizer,
+        uniform=uniform,
+        random=settings.random_rows,
+        same_bits=settings.same_bits,
+        rows_at_a_time=settings.rows_at_a_time,
+        distill=joint.Distill(settings.distill) if settings.distill else None,
+        average=settings.average,
+    )
+    state = joint.init_state(
+        variables, optimizer, len(names), affine_per_row=settings.affine_per_row, average=settings.average > 0
+    )
+    log = RowLogFile(run.workdir / "joint" / "random_rows.npz", len(widths), [ly.path for ly in model.layers if ly.searched])
+    batches = _train_batches(run, settings.batch_size, "joint")
+    recorder = Recorder(log.load, log.add, log.flush) if settings.random_rows else None
+    state = train(run, "joint", state, step, steps, batches, names, recorder)
+    return state, log.log()
+
+
+class RowLogFile:
+    """random_rows.npz: layers [L] paths; step [N], assignment [N, L, 2], loss [N] of the random rows, uniform [N, K]."""
+
+    def __init__(self, path: Path, widths: int, layers: list[str]):
+        self.path, self.widths, self.layers = path, widths, layers
+        self.parts: list[dict[str, np.ndarray]] = []
+
+    def load(self, step: int) -> None:
+        """Reads what is there of the steps before `step`."""
+        self.parts = []
+        if step and self.path.exists():
+            with np.load(self.path) as file:
+                keep = file["step"] < step
+                self.parts = [{name: file[name][keep] for name in ("step", "assignment", "loss", "uniform")}]
+
+    def add(self, step: int, metrics: Mapping[str, np.ndarray]) -> None:
+        losses, assignment = metrics["losses"], metrics["assignment"]
+        rows = len(assignment)
+        self.parts.append(
+            {
+                "step": np.full(rows, step, np.int32),
+                "assignment": assignment.astype(np.int32),
+                "loss": losses[self.widths :],
+                "uniform": np.broadcast_to(losses[: self.widths], (rows, self.widths)),
+            }
+        )
+
+    def flush(self) -> None:
+        with whole(self.path) as temporary:
+            np.savez_compressed(temporary, layers=np.array(self.layers), **self._joined())
+
+    def _joined(self) -> dict[str, np.ndarray]:
+        empty = {
+            "step": np.zeros(0, np.int32),
+            "assignment": np.zeros((0, len(self.layers), 2), np.int32),
+            "loss": np.zeros(0, np.float32),
+            "uniform": np.zeros((0, self.widths), np.float32),
+        }
+        return {name: np.concatenate([empty[name], *(part[name] for part in self.parts)]) for name in empty}
+
+    def log(self) -> RowLog:
+        """The log as the criteria take it."""
+        joined = self._joined()
+        return RowLog(joined["step"], joined["assignment"], joined["loss"], joined["uniform"].mean(-1))
+
+
+# ---- fine-tuning --------------------------------------------------------------------------------------------------
+
+
+def stack(policies: list[Policy]) -> dict[str, Bits]:
+    """Policies as one stack {path: Bits(int32 [P], int32 [P])}."""
+    return {
+        path: Bits(*(jnp.asarray([p[path][k] for p in policies], jnp.int32) for k in range(2))) for path in policies[0]
+    }
+
+
+def finetune(run: Run, name: str, policy: Policy, start: Mapping[str, Any], teacher: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Trains one policy from `start` (variables with step sizes); its statistics are re-estimated at the end.
+
+    name: the contestant's, part of the checkpoint's path. teacher: the float variables, for distillation.
+    """
+    settings, model = run.config.finetune, run.model
+    steps = _steps(settings, run)
+    updates = max(1, steps // settings.accumulate)
+    warmup = min(settings.warmup_steps, updates // 2)
+    optimizer = optimizers.partition(
+        model,
+        optimizers.sgd(
+            optimizers.schedule(settings.learning_rate, updates, warmup=warmup),
+            settings.momentum,
+            settings.weight_decay,
+        ),
+        optimizers.log_space(optax.adam(optimizers.schedule(settings.step_size_learning_rate, updates, warmup=warmup))),
+    )
+    if settings.accumulate > 1:
+        optimizer = optax.MultiSteps(optimizer, settings.accumulate)
+    task = joint.classification(settings.label_smoothing)
+    policies = stack([policy])
+    step = joint.make_step(
+        model,
+        task,
+        optimizer,
+        uniform=policies,
+        distill=joint.Distill(settings.distill, "given") if settings.distill else None,
+        average=settings.average,
+    )
+    if settings.distill:
+        step = _taught(step, model, task, teacher)
+    state = joint.init_state(start, optimizer, 1, average=settings.average > 0)
+    batches = _train_batches(run, settings.batch_size, "finetune")
+    state = train(run, f"finetune/{name}", state, step, steps, batches, [name])
+    variables = joint.row_variables(state, 0, averaged=True)
+    return with_statistics(run, variables, policy)
+
+
+def _taught(step, model: QuantizedModel, task: joint.Task, teacher: Mapping[str, Any]):
+    def taught(state, batch, key):
+        logits = model.apply(teacher, None, *task.inputs(batch), **task.eval_kwargs)
+        return step(state, {**batch, "teacher": logits}, key)
+
+    return taught
+
+
+# ---- evaluation ---------------------------------------------------------------------------------------------------
+
+
+def with_statistics(run: Run, variables: Mapping[str, Any], policy: Policy | None) -> Mapping[str, Any]:
+    """The variables with normalisation statistics re-estimated for the policy, on `statistics_batches` batches."""
+    if "batch_stats" not in variables:
+        return variables
+    statistics = jax.jit(joint.make_batch_statistics(run.model, joint.classification()))
+    stats = {name: tree for name, tree in variables.items() if name != "params"}
+    stats = jax.tree.map(lambda x: x[None], stats)
+    policies = stack([policy]) if policy is not None else None
+    batches = _train_batches(run, run.config.joint.batch_size, "statistics")(0)
+    count = run.config.statistics_batches
+    total = None
+    for _ in range(count):
+        new = statistics(variables["params"], stats, policies, next(batches))
+        total = new if total is None else jax.tree.map(jnp.add, total, new)
+    return {**variables, "batch_stats": jax.tree.map(lambda x: x[0] / count, total)}
+
+
+def evaluate(run: Run, variables: Mapping[str, Any], policy: Policy | None, split: str) -> tuple[float, float]:
+    """(mean loss, accuracy) of one policy (None: float) on a whole split."""
+    task = joint.classification()
+    step = jax.jit(joint.make_evaluate(run.model, task))
+    stats = jax.tree.map(lambda x: x[None], {name: tree for name, tree in variables.items() if name != "params"})
+    policies = stack([policy]) if policy is not None else None
+    losses, right, examples = 0.0, 0, 0
+    for batch in data.eval_batches(run.dataset, split, run.config.eval_batch_size):
+        loss, correct, count = step(variables["params"], stats, policies, batch)
+        losses, right, examples = losses + float(loss[0]), right + int(correct[0]), examples + int(count)
+    return losses / examples, right / examples
+
+
+def parameters_equal(a: Any, b: Any) -> bool:
+    """Whether two parameter trees are the same, to the last bit."""
+    left, right = flax_seam.flatten(a), flax_seam.flatten(b)
+    return left.keys() == right.keys() and all(np.array_equal(left[k], right[k]) for k in left)

@@ -1,0 +1,169 @@
+"""The values that pass between the stages: data, no logic, no JAX.
+
+Letters in shapes, here and in every docstring: L layers, K bit-widths (Kw for weights, Ka for activations where they
+differ), P rows, B batch.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Refusal(Exception):
+    """A request that cannot be carried out.
+
+    Its one line says what was found, what is possible, and what to type. The commands print it and exit with code 2.
+    """
+
+
+class Bits(NamedTuple):
+    """Bit-widths of one layer: `w` of its weights, `a` of the activations it reads.
+
+    Plain integers in a policy that is saved or searched for; int32 arrays ([] for one policy, [P] for a stack) where a
+    policy is traced: bits are data, never a reason to compile again.
+    """
+
+    w: Any
+    a: Any
+
+
+# Layer path -> Bits. A pytree, so it can be stacked, mapped and traced.
+Policy = Mapping[str, Bits]
+
+
+class Layer(NamedTuple):
+    """One row of the layer table: what costs and search know of a layer.
+
+    path: where its kernel stands in the parameter tree, e.g. "block1/conv1".
+    params: kernel elements (no bias, no normalisation, no step sizes).
+    macs: multiply-accumulates for one sample.
+    searched: whether its bits are to be chosen; if not, `bits` holds them (32, 32 for a layer left in float).
+    tied: layers with the same name here read the same tensor, and get the same activation bits.
+    inputs, outputs: elements of the layer's input and output for one sample.
+    weight_bit_widths, activation_bit_widths: the layer's own candidates, where a rule narrowed them.
+    """
+
+    path: str
+    params: int
+    macs: int
+    searched: bool
+    bits: Bits | None = None
+    tied: str | None = None
+    inputs: int | None = None
+    outputs: int | None = None
+    weight_bit_widths: tuple[int, ...] | None = None
+    activation_bit_widths: tuple[int, ...] | None = None
+
+
+class Importance(NamedTuple):
+    """Any criterion's table: the harm of each searched layer at each of its bit-widths.
+
+    weight: [L, Kw] float64 and activation: [L, Ka] float64, one row a *searched* layer in the order of `layers`; or
+    pair: [L, Kw, Ka] float64 in place of both, where a criterion is not additive.
+    alpha: what `weight` is multiplied by in the sum; None where both tables share a unit (then 1).
+    """
+
+    criterion: str
+    bit_widths: tuple[int, ...]
+    activation_bit_widths: tuple[int, ...]
+    layers: tuple[Layer, ...]
+    weight: np.ndarray | None
+    activation: np.ndarray | None
+    pair: np.ndarray | None = None
+    alpha: float | None = None
+
+
+class Budget(NamedTuple):
+    """A cost table and a limit: sum over searched layers of table[l, i, j] + fixed <= limit.
+
+    name: "bitops", "size", "latency", ...
+    text: as the user typed it, e.g. "bitops=W3A4".
+    table: [L, Kw, Ka], int64 for counted costs (exact), float64 for measured ones.
+    fixed: what the layers that are not searched cost.
+    limit: in the unit of the table.
+    unit: "BitOps", "bytes", "ms".
+    """
+
+    name: str
+    text: str
+    table: np.ndarray
+    fixed: int | float
+    limit: int | float
+    unit: str
+
+
+class Solution(NamedTuple):
+    """What a search found, and how sure it is.
+
+    policy: bits of every layer, fixed ones included.
+    objective: importance of the policy; bound: proven lower bound of it over all policies within the budgets.
+    status: "optimal" (objective equals bound) or "feasible" (the time ran out: the gap is objective - bound).
+    seconds: wall-clock from tables in memory to the checked policy.
+    used: budget name -> (used, limit), recomputed from the policy in exact arithmetic.
+    """
+
+    policy: dict[str, Bits]
+    objective: float
+    bound: float
+    status: str
+    solver: str
+    seconds: float
+    used: dict[str, tuple[int | float, int | float]]
+
+
+class TensorQuantizer(NamedTuple):
+    """How one kind of tensor (weights, or activations) is quantized: pure functions.
+
+    Arguments common to all: `x` the float tensor; `values` the quantizer's learned leaves *at one bit-width* (for LSQ
+    {"step_size": []} or [C] per channel, shaped to broadcast with x); `bits` an int32 scalar, traced;
+    `signed` a Python bool.
+
+    init(x, bit_widths, signed, channel_axes) -> {leaf: [K] or [K, C]}: start values from a tensor, all K widths.
+    fake_quant(x, values, bits, signed) -> x_hat: float to float on the grid, with the method's gradients.
+    encode(x, values, bits, signed) -> codes: float to integer codes (int32).
+    decode(codes, values) -> x_hat: integer codes back to the grid.
+    indicator(values, bits, signed) -> []: the learned indicator, the grid's spacing in input units.
+    """
+
+    init: Callable[..., dict[str, Any]]
+    fake_quant: Callable[..., Any]
+    encode: Callable[..., Any]
+    decode: Callable[..., Any]
+    indicator: Callable[..., Any]
+
+
+class Quantizer(NamedTuple):
+    """A quantization method: one TensorQuantizer for weights, one for activations."""
+
+    name: str
+    weight: TensorQuantizer
+    activation: TensorQuantizer
+
+
+class QuantizedModel(NamedTuple):
+    """A Flax model, unmodified, with bits and step sizes as arguments.
+
+    layers: the layer table in execution order, fixed and float layers included.
+    specs: parameter leaf path -> quantize.LayerSpec: what applying needs to know of the layers that the leaf holds.
+    products: products of two activations that were found: (where, macs); not quantized, not counted unless asked.
+    bit_widths, activation_bit_widths: the global candidates.
+    quantizer: the method.
+    variables: the float model's own variables where it carries them (NNX), else None (Linen: from its `init`).
+    apply(variables, policy, *inputs, mutable=False, rngs=None, **kwargs) -> outputs, or (outputs, updates) as Linen's.
+        A policy of None runs the float model.
+    calibrate(variables, *inputs, **kwargs) -> variables with the quantizer's leaves set from one batch.
+    walk(variables, values, handler, inputs, kwargs, mutable, rngs) -> (outputs, updates, taps): what the two above
+        are made of, for criteria that put something else in the place of a layer.
+    """
+
+    layers: tuple[Layer, ...]
+    specs: Mapping[str, Any]
+    products: tuple[tuple[str, int], ...]
+    bit_widths: tuple[int, ...]
+    activation_bit_widths: tuple[int, ...]
+    quantizer: Quantizer
+    variables: Any
+    apply: Callable[..., Any]
+    calibrate: Callable[..., Any]
+    walk: Callable[..., Any]

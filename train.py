@@ -1,0 +1,62 @@
+"""Trains: float, then joint; with --policy, fine-tunes and reports. `python train.py --help` lists every option.
+
+  python train.py --config configs/digits.py --workdir runs/digits
+  python search.py --workdir runs/digits --budget bitops=W3A3
+  python train.py --config configs/digits.py --workdir runs/digits --policy runs/digits/policy.json
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpq_jax import config as config_lib
+from mpq_jax.types import Refusal
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Config]:
+    """Arguments and config; refuses what can be refused before anything heavy is imported."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="a config file, e.g. configs/digits.py")
+    parser.add_argument("--workdir", help="where the run is kept; default: runs/<name of the config>")
+    parser.add_argument("--policy", help="fine-tune with this policy.json (from search.py) and report")
+    config_lib.add_help(parser)
+    known, rest = parser.parse_known_args(argv)
+    for word in rest:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name[2:].replace("-", "_") not in config_lib.options(config_lib.Config()):
+            near = difflib.get_close_matches(name, ["--config", "--workdir", "--policy"], n=1, cutoff=0.75)
+            if near:
+                raise Refusal(f"unknown option {name}; the nearest is {near[0]} (train.py --help lists all)")
+    config = config_lib.load(known.config, rest)
+    known.workdir = Path(known.workdir or Path("runs") / Path(known.config).stem)
+    return known, config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        arguments, config = parse(argv)
+        from mpq_jax import workdir
+
+        workdir.claim(arguments.workdir, config, finetuning=arguments.policy is not None)
+        if arguments.policy is None:
+            from mpq_jax.pipeline import learn
+
+            learn(config, arguments.workdir)
+        else:
+            workdir.check_policy(arguments.workdir, arguments.policy)
+            from mpq_jax.pipeline import finish
+
+            finish(config, arguments.workdir, Path(arguments.policy))
+    except Refusal as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,6 +17,11 @@ def _(primals, tangents):
     return jnp.round(primals[0]), tangents[0]
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """x in float32 at least: step sizes and codes are never computed in bfloat16."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def integer_range(bits: jax.Array, signed: bool, narrow: bool = False) -> tuple[jax.Array, jax.Array]:
     """Q_N and Q_P, float32 [], such that codes lie in [-Q_N, Q_P] (Esser et al. 2020, section 2).
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mpq_jax import flax_seam, ops
 from mpq_jax.interpret import Call, Trace, interpret
-from mpq_jax.numerics import at_bits
+from mpq_jax.numerics import at_bits, wide
 from mpq_jax.quantizers import lsq
 from mpq_jax.rules import Candidates, Rules, check_rules, first_match, parse_value
 from mpq_jax.types import Bits, Layer, Policy, QuantizedModel, Quantizer, Refusal
@@ -401,7 +401,7 @@ def _broadcast(value: jax.Array, weight: jax.Array, channel_axes: Sequence[int])
 
 def _relative_error(on_grid: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """mean (x_hat - x)^2 / mean x^2, []. Its gradient reaches the step size only."""
-    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    x = wide(jax.lax.stop_gradient(x))
     power = jnp.square(x).mean()
     return jnp.square(on_grid(x) - x).mean() / jnp.where(power > 0, power, 1)
 

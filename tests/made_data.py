@@ -22,7 +22,7 @@ def made_image(random: np.random.Generator, label: int, shape: tuple[int, int, i
     height, width, channels = shape
     own = np.random.default_rng(label)
     colour, angle, waves = own.uniform(60, 200, channels), own.uniform(0, np.pi), own.uniform(2, 6)
-    y, x = np.mgrid[0:1:1j * height, 0:1:1j * width]
+    y, x = np.mgrid[0 : 1 : 1j * height, 0 : 1 : 1j * width]
     stripes = 30 * np.sin(2 * np.pi * waves * (x * np.cos(angle) + y * np.sin(angle)) + random.uniform(0, 2 * np.pi))
     coarse = Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8))
     pattern = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float64) - 128

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mpq_jax.numerics import integer_range, round_straight_through, sum_to
+from mpq_jax.numerics import integer_range, round_straight_through, sum_to, wide
 from mpq_jax.types import Quantizer, TensorQuantizer
 
 STARTS = ("statistics", "same")
@@ -22,7 +22,7 @@ def fake_quant(x: jax.Array, step_size: jax.Array, q_n: jax.Array, q_p: jax.Arra
     One custom rule instead of a chain of small ones: both gradients come from one pass over x, and nothing but x is
     kept for it.
     """
-    v = x.astype(jnp.float32) / step_size
+    v = wide(x) / step_size
     return (jnp.round(jnp.clip(v, -q_n, q_p)) * step_size).astype(x.dtype)
 
 
@@ -32,11 +32,11 @@ def _forward(x, step_size, q_n, q_p, g):
 
 def _backward(residuals, gradient):
     x, step_size, q_n, q_p, g = residuals
-    v = x.astype(jnp.float32) / step_size
+    v = wide(x) / step_size
     inside = (v >= -q_n) & (v <= q_p)
     d_step = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, -q_n, q_p))
     d_x = jnp.where(inside, gradient, 0).astype(x.dtype)
-    d_step_size = sum_to(gradient.astype(jnp.float32) * d_step, step_size.shape) * g
+    d_step_size = sum_to(wide(gradient) * d_step, step_size.shape) * g
     return d_x, d_step_size.astype(step_size.dtype), jnp.zeros_like(q_n), jnp.zeros_like(q_p), jnp.zeros_like(g)
 
 
@@ -84,14 +84,14 @@ def lsq(
         channel_axes = tuple(channel_axes) if per_channel and weight else ()
         channels = math.prod(x.shape[i] for i in channel_axes)
         shape = (channels,) if channel_axes else ()
-        x = x.astype(jnp.float32)
+        x = wide(x)
 
         def one(bits):
             if start == "same":
-                return jnp.full(shape, 0.1 / bits, jnp.float32)
+                return jnp.full(shape, 0.1 / bits, x.dtype)
             s = weight_start(x, bits, channel_axes) if weight else activation_start(x, bits, signed)
             # A tensor of zeros has no scale; any positive number serves.
-            return jnp.where(s > 0, s, 0.1 / bits).astype(jnp.float32)
+            return jnp.where(s > 0, s, 0.1 / bits).astype(x.dtype)
 
         return {"step_size": jnp.stack([one(b) for b in bit_widths])}
 
@@ -107,11 +107,11 @@ def lsq(
 
     def encode(x, values, bits, signed, weight):
         q_n, q_p = apply_range(bits, signed, weight)
-        v = x.astype(jnp.float32) / in_use(values["step_size"])
+        v = wide(x) / in_use(values["step_size"])
         return jnp.round(jnp.clip(v, -q_n, q_p)).astype(jnp.int32)
 
     def decode(codes, values):
-        return codes.astype(jnp.float32) * in_use(values["step_size"])
+        return codes.astype(in_use(values["step_size"]).dtype) * in_use(values["step_size"])
 
     def indicator(values, bits, signed):
         del bits, signed

@@ -1,0 +1,32 @@
+# make setup | demo | test.  PYTHON picks the interpreter that .venv is made with (3.11, 3.12 or 3.13).
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+# The persistent compilation cache makes the second of two runs of the same program compile nothing.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 1
+
+.PHONY: setup demo test lint clean
+
+setup: .venv/ready
+
+.venv/ready: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: setup
+	$(BIN)/python train.py --config configs/digits.py --workdir $(DEMO)
+	$(BIN)/python search.py --workdir $(DEMO) --budget bitops=W3A3
+	$(BIN)/python train.py --config configs/digits.py --workdir $(DEMO) --policy $(DEMO)/policy.json
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf .venv .jax_cache runs

@@ -1,0 +1,675 @@
+"""Data: what the batches hold, that they can be made again anywhere, and that a set that is not there is refused."""
+
+import gzip
+import io
+import itertools
+import math
+import os
+import struct
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_data import jpeg, made_image, make_cifar10, make_fashion_mnist, make_imagenet2012
+from PIL import Image
+
+from mpq_jax.data import eval_batches, open_dataset, opening, records, train_batches
+from mpq_jax.data.augment import draws, normalise, shift_and_flip, shuffled
+from mpq_jax.data.images import AREA, RATIO, centre_crop, crop_and_resize, crop_box, random_resized_crop
+from mpq_jax.data.opening import cut_validation
+from mpq_jax.data.prepare import labelled, write_set
+from mpq_jax.data.recipes import IDX_VARIABLE, RECIPES
+from mpq_jax.types import Refusal
+
+NAMES = ("digits", "fashion_mnist", "cifar10", "imagenet2012")
+SIZES = {"imagenet2012": 32}
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A data_dir with all four sets, and what was put into the three made ones."""
+    root = tmp_path_factory.mktemp("data")
+    contents = {
+        "fashion_mnist": make_fashion_mnist(root),
+        "cifar10": make_cifar10(root),
+        "imagenet2012": make_imagenet2012(root, sizes=((60, 80), (80, 53), (64, 64))),
+    }
+    return root, contents
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """No set is found by accident, nothing is written into the working directory."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "home"))
+    monkeypatch.setenv(IDX_VARIABLE, str(tmp_path / "no-idx"))
+    monkeypatch.chdir(tmp_path)
+
+
+def opened(made, name, **options):
+    return open_dataset(name, data_dir=made[0], image_size=SIZES.get(name), **options)
+
+
+def taken(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def same(first, second):
+    return all(np.array_equal(first[key], second[key]) for key in ("image", "label"))
+
+
+def joined(batches):
+    """All examples of some batches, padding left out: (image bytes, label)."""
+    return [
+        (image.tobytes(), int(label))
+        for batch in batches
+        for image, label in zip(batch["image"], batch["label"], strict=True)
+        if label >= 0
+    ]
+
+
+# What every set must do, whatever it is made of.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_have_the_promised_form(made, name):
+    dataset = opened(made, name)
+    for batch in (next(train_batches(dataset, 6, seed=0)), next(eval_batches(dataset, "test", 6))):
+        assert batch["image"].shape == (6, *dataset.image_shape) and batch["image"].dtype == np.float32
+        assert batch["label"].shape == (6,) and batch["label"].dtype == np.int32
+        assert batch["label"].min() >= 0 and batch["label"].max() < dataset.num_classes
+        assert np.isfinite(batch["image"]).all() and batch["image"].std() > 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_can_be_made_again_from_any_step(made, name):
+    dataset = opened(made, name)
+    batches = taken(train_batches(dataset, 10, seed=3), 6)
+    again = taken(train_batches(opened(made, name), 10, seed=3), 6)
+    assert all(map(same, batches, again))
+    for step in (1, 4):
+        assert same(next(train_batches(dataset, 10, seed=3, first_step=step)), batches[step])
+    assert not same(next(train_batches(dataset, 10, seed=4)), batches[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_example_once_an_epoch_in_a_new_order(made, name):
+    dataset = opened(made, name, augment=False)
+    size = dataset.sizes["train"]
+    examples = joined(taken(train_batches(dataset, 7, seed=0), 2 * size // 7 + 1))
+    first, second = examples[:size], examples[size : 2 * size]
+    everything = Counter(joined(eval_batches(dataset, "train", 16)))
+    assert sum(everything.values()) == size and len(everything) > 0.9 * size
+    assert Counter(first) == Counter(second) == everything
+    # A random permutation keeps one example in its place on average.
+    assert sum(one == other for one, other in zip(first, second, strict=True)) < 12
+    assert first != joined(eval_batches(dataset, "train", 16))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("count", (2, 3))
+def test_processes_share_the_batches_of_one(made, name, count):
+    dataset = opened(made, name)
+    for single, *parts in zip(
+        taken(train_batches(dataset, 12, seed=1, first_step=2), 3),
+        *(
+            train_batches(dataset, 12, seed=1, first_step=2, process_index=index, process_count=count)
+            for index in range(count)
+        ),
+        strict=False,
+    ):
+        for index, part in enumerate(parts):
+            assert same(part, {key: value[index::count] for key, value in single.items()})
+    whole = list(eval_batches(dataset, "validation", 12))
+    shares = [
+        list(eval_batches(dataset, "validation", 12, process_index=index, process_count=count))
+        for index in range(count)
+    ]
+    assert {len(share) for share in shares} == {len(whole)}
+    assert Counter(joined(itertools.chain(*shares))) == Counter(joined(whole))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_is_one_pass_padded_never_dropped(made, name):
+    dataset = opened(made, name)
+    for split in ("train", "validation", "test"):
+        batches = list(eval_batches(dataset, split, 16))
+        size = dataset.sizes[split]
+        assert len(batches) == math.ceil(size / 16) and all(len(batch["label"]) == 16 for batch in batches)
+        labels = np.concatenate([batch["label"] for batch in batches])
+        assert (labels[:size] >= 0).all() and (labels[size:] == -1).all()
+        assert not np.concatenate([batch["image"] for batch in batches])[size:].any()
+        assert all(map(same, batches, eval_batches(dataset, split, 16)))
+        limited = joined(eval_batches(dataset, split, 4, limit=3))
+        assert limited == joined(batches)[:3]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_splits_have_nothing_in_common(made, name):
+    dataset = opened(made, name)
+    train, held_out = dataset.splits["train"], dataset.splits["validation"]
+    assert train.records == held_out.records and train.records != dataset.splits["test"].records
+    numbers = np.concatenate([train.numbers, held_out.numbers])
+    assert np.array_equal(np.sort(numbers), np.arange(len(numbers)))
+    again = opened(made, name, augment=False).splits["validation"].numbers
+    assert np.array_equal(held_out.numbers, again)
+    assert not np.array_equal(
+        np.sort(held_out.numbers), np.sort(opened(made, name, seed=1).splits["validation"].numbers)
+    )
+    if name != "digits":
+        assert set(joined(eval_batches(dataset, "validation", 8))).isdisjoint(joined(eval_batches(dataset, "train", 8)))
+        assert set(joined(eval_batches(dataset, "test", 8))).isdisjoint(joined(eval_batches(dataset, "train", 8)))
+
+
+@pytest.mark.parametrize("name", ("fashion_mnist", "cifar10", "imagenet2012"))
+def test_images_and_labels_belong_together(made, name):
+    """Every example against the made images themselves, found by their label and their pixels."""
+    dataset, contents = opened(made, name, validation_fraction=0), made[1][name]
+    recipe, size = RECIPES[name], SIZES.get(name)
+    for split, source in (("train", "train"), ("test", "validation" if name == "imagenet2012" else "test")):
+        images, labels = contents[source]
+        if size:
+            images = [centre_crop(image, 3, size) for image in images]
+        expected = [(np.asarray(image, np.float64) / 255 - recipe.mean) / recipe.std for image in images]
+        found = []
+        for batch in eval_batches(dataset, split, 10):
+            for image, label in zip(batch["image"], batch["label"], strict=True):
+                errors = [np.abs(image - other).max() for other in expected]
+                found.append(int(np.argmin(errors)))
+                assert min(errors) < 1e-5 and labels[found[-1]] == label
+        assert sorted(found) == list(range(len(labels)))
+
+
+# Order and augmentation.
+
+
+def test_order_is_a_permutation_of_every_epoch():
+    positions = np.arange(35)
+    order = shuffled(5, positions, 7)
+    for epoch in range(5):
+        assert sorted(order[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    assert len({tuple(order[7 * epoch : 7 * epoch + 7]) for epoch in range(5)}) > 1
+    assert all(shuffled(5, np.array([position]), 7)[0] == order[position] for position in positions)
+    # Each example is as often first as any other: 7 of 700, standard deviation 9.3.
+    firsts = np.bincount(shuffled(0, np.arange(0, 4900, 7), 7), minlength=7)
+    assert np.abs(firsts - 100).max() < 5 * 9.3
+
+
+def test_random_words_belong_to_positions():
+    words = draws(1, np.arange(40))
+    assert np.array_equal(draws(1, np.array([39, 3, 17])), words[[39, 3, 17]])
+    assert len(np.unique(words)) == words.size
+    assert not np.array_equal(draws(2, np.arange(40)), words)
+
+
+@pytest.mark.parametrize("name", ("fashion_mnist", "cifar10", "imagenet2012"))
+def test_augmentation_depends_on_position_not_on_the_batch(made, name):
+    dataset, plain = opened(made, name), opened(made, name, augment=False)
+    small, large = (joined(taken(train_batches(dataset, size, seed=2), 48 // size)) for size in (8, 24))
+    assert small == large
+    unchanged = joined(taken(train_batches(plain, 24, seed=2), 2))
+    assert [label for _, label in unchanged] == [label for _, label in large]
+    assert sum(one != other for one, other in zip(unchanged, large, strict=True)) > 40
+    # The same example looks different in different epochs: always where it is cropped, mostly where only shifted.
+    size = dataset.sizes["train"]
+    assert len(set(joined(taken(train_batches(dataset, size, seed=2), 3)))) >= (3 if name in SIZES else 2.8) * size
+
+
+@pytest.mark.parametrize("shift", (0, 2, 4))
+@pytest.mark.parametrize("flip", (False, True))
+def test_shift_and_flip_is_pad_crop_and_mirror(shift, flip):
+    random = np.random.default_rng(0)
+    images = random.integers(1, 256, (200, 6, 5, 3), dtype=np.uint8)
+    result = shift_and_flip(images, draws(0, np.arange(200)), shift, flip)
+    seen = Counter()
+    for image, changed in zip(images, result, strict=True):
+        padded = np.zeros((6 + 2 * shift, 5 + 2 * shift, 3), np.uint8)
+        padded[shift : shift + 6, shift : shift + 5] = image
+        ways = [
+            (down, right, mirrored)
+            for down in range(2 * shift + 1)
+            for right in range(2 * shift + 1)
+            for mirrored in ((False, True) if flip else (False,))
+            if np.array_equal(padded[down : down + 6, right : right + 5][:, :: -1 if mirrored else 1], changed)
+        ]
+        assert len(ways) == 1
+        seen[ways[0]] += 1
+    assert len({way[0] for way in seen}) == len({way[1] for way in seen}) == 2 * shift + 1
+    if flip:
+        assert 60 < sum(number for way, number in seen.items() if way[2]) < 140
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_normalise_is_mean_and_standard_deviation(name):
+    recipe = RECIPES[name]
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, len(recipe.mean)), dtype=np.uint8)
+    expected = (images.astype(np.float64) / 255 - np.array(recipe.mean)) / np.array(recipe.std)
+    np.testing.assert_allclose(normalise(images, recipe.mean, recipe.std), expected, atol=1e-6)
+
+
+# The validation split.
+
+
+@pytest.mark.parametrize("count, fraction", ((100, 0.1), (57, 0.25), (10, 0.01), (1000, 0.5)))
+@pytest.mark.parametrize("with_labels", (False, True))
+def test_validation_is_cut_at_random_and_in_proportion(count, fraction, with_labels):
+    labels = np.random.default_rng(1).choice([3, 5, 9], count, p=[0.6, 0.3, 0.1]) if with_labels else None
+    kept, held_out = cut_validation("name", count, fraction, 0, labels)
+    assert len(held_out) == max(1, round(count * fraction))
+    assert sorted([*kept, *held_out]) == list(range(count))
+    others = [cut_validation(name, count, fraction, seed, labels)[1] for name, seed in (("name", 1), ("other", 0))]
+    if count > 10:
+        assert all(set(other) != set(held_out) for other in others)
+    if labels is not None:
+        for label in np.unique(labels):
+            share = (labels == label).sum() * len(held_out) / count
+            assert abs((labels[held_out] == label).sum() - share) <= 1
+    assert np.array_equal(held_out, cut_validation("name", count, fraction, 0, labels)[1])
+
+
+def test_no_validation_is_possible_and_reading_it_is_refused(made):
+    dataset = opened(made, "cifar10", validation_fraction=0)
+    assert dataset.sizes == {"train": 100, "validation": 0, "test": 50}
+    with pytest.raises(Refusal, match="validation split of cifar10 is empty"):
+        eval_batches(dataset, "validation", 4)
+
+
+# digits and Fashion-MNIST, which are written here.
+
+
+def test_digits_are_scikit_learns_scans(made):
+    from sklearn.datasets import load_digits
+
+    dataset, scans = opened(made, "digits", validation_fraction=0), load_digits()
+    assert dataset.sizes == {"train": 1442, "validation": 0, "test": 355}
+    recipe, found, labels = RECIPES["digits"], Counter(), Counter()
+    for split in ("train", "test"):
+        for batch in eval_batches(dataset, split, 128):
+            real = batch["label"] >= 0
+            pixels = (batch["image"][real].astype(np.float64) * recipe.std + recipe.mean) * 255 / 15
+            assert np.abs(pixels - pixels.round()).max() < 1e-4
+            found.update(
+                (image.round().astype(np.uint8).tobytes(), int(label))
+                for image, label in zip(pixels, batch["label"][real], strict=True)
+            )
+            if split == "test":
+                labels.update(batch["label"][real].tolist())
+    assert found == Counter(
+        (image.astype(np.uint8).tobytes(), int(label)) for image, label in zip(scans.images, scans.target, strict=True)
+    )
+    assert labels == {label: (scans.target == label).sum() // 5 for label in range(10)}
+
+
+def test_digits_constants_are_those_of_the_training_images(made):
+    dataset = opened(made, "digits", validation_fraction=0)
+    images = np.concatenate([batch["image"] for batch in eval_batches(dataset, "train", 103)])
+    assert len(images) == 1442 and abs(images.mean(dtype=np.float64)) < 1e-4
+    assert abs(images.std(dtype=np.float64) - 1) < 1e-4
+
+
+def test_two_processes_write_digits_at_once(tmp_path):
+    script = (
+        "from mpq_jax.data import open_dataset, eval_batches\n"
+        "d = open_dataset('digits', data_dir='shared')\n"
+        "print(d.sizes, sum((b['label'] >= 0).sum() for b in eval_batches(d, 'test', 64)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, cwd=tmp_path, text=True
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert outputs == ["{'train': 1298, 'validation': 144, 'test': 355} 355\n"] * 2
+    # Nothing half written is left beside the set.
+    assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == ["digits"]
+    assert [path.name for path in (tmp_path / "shared" / "digits").iterdir()] == ["1.0.0"]
+
+
+def write_idx(path, array):
+    """Bytes by hand, as the format is published."""
+    header = b"\x00\x00\x08" + bytes([array.ndim]) + b"".join(struct.pack(">I", size) for size in array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+@pytest.fixture
+def idx(tmp_path, monkeypatch):
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    random, made_arrays = np.random.default_rng(0), {}
+    for prefix, count in (("train", 60), ("t10k", 30)):
+        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = random.integers(0, 10, count, dtype=np.uint8)
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
+        made_arrays["train" if prefix == "train" else "test"] = images, labels
+    monkeypatch.setenv(IDX_VARIABLE, str(folder))
+    return folder, made_arrays
+
+
+def test_fashion_mnist_from_idx_files_is_tfdss_own(idx, tmp_path):
+    import tensorflow_datasets as tfds
+
+    dataset = open_dataset("fashion_mnist", data_dir=tmp_path / "data", validation_fraction=0)
+    assert dataset.sizes == {"train": 60, "validation": 0, "test": 30} and dataset.num_classes == 10
+    for split, (images, labels) in idx[1].items():
+        expected = Counter(
+            (((image[..., None] / 255 - 0.28604) / 0.35302).round(4).tobytes(), int(label))
+            for image, label in zip(images, labels, strict=True)
+        )
+        found = Counter()
+        for batch in eval_batches(dataset, split, 30):
+            # To the nearest pixel value and back, to compare exactly.
+            pixels = ((batch["image"].astype(np.float64) * 0.35302 + 0.28604) * 255).round()
+            found.update(
+                (((image / 255 - 0.28604) / 0.35302).round(4).tobytes(), int(label))
+                for image, label in zip(pixels, batch["label"], strict=True)
+            )
+        assert found == expected
+    stock = tfds.builder("fashion_mnist", data_dir=tmp_path / "other")
+    written = tfds.builder("fashion_mnist", data_dir=tmp_path / "data")
+    assert written.info.splits["train"].num_examples == 60
+    assert (written.info.full_name, repr(written.info.features)) == (stock.info.full_name, repr(stock.info.features))
+    assert written.info.features["label"].names == stock.info.features["label"].names
+
+
+def test_a_prepared_fashion_mnist_goes_before_idx_files(idx, tmp_path):
+    make_fashion_mnist(tmp_path / "home", train=40, test=20)
+    assert open_dataset("fashion_mnist", data_dir=tmp_path / "data").sizes["test"] == 20
+    assert not (tmp_path / "data" / "fashion_mnist").exists()
+
+
+@pytest.mark.parametrize("damage", ("cut off", "not gzip", "wrong type", "no images"))
+def test_damaged_idx_files_are_refused_and_nothing_is_written(idx, tmp_path, damage):
+    path = idx[0] / "t10k-images-idx3-ubyte.gz"
+    content = gzip.decompress(path.read_bytes())
+    path.write_bytes(
+        {
+            "cut off": gzip.compress(content[:-5]),
+            "not gzip": b"<html>404</html>",
+            "wrong type": gzip.compress(b"\x00\x00\x0d" + content[3:]),
+            "no images": gzip.compress(content[:2]),
+        }[damage]
+    )
+    with pytest.raises(Refusal, match=r"t10k-images-idx3-ubyte\.gz"):
+        open_dataset("fashion_mnist", data_dir=tmp_path / "data")
+    assert not (tmp_path / "data" / "fashion_mnist").exists()
+
+
+# Reading: memory, files, other sets.
+
+
+def test_streamed_and_in_memory_are_the_same(made, monkeypatch):
+    in_memory = opened(made, "cifar10", validation_fraction=0, augment=False)
+    monkeypatch.setattr(opening, "MEMORY_LIMIT", 0)
+    streamed = opened(made, "cifar10", validation_fraction=0, augment=False)
+    assert in_memory.in_memory and not streamed.in_memory
+    for split in ("train", "test"):
+        for one, other in zip(eval_batches(in_memory, split, 32), eval_batches(streamed, split, 32), strict=True):
+            assert same(one, other)
+    pairs = zip(train_batches(in_memory, 32, seed=0), train_batches(streamed, 32, seed=0), strict=True)
+    assert all(same(*pair) for pair in itertools.islice(pairs, 5))
+
+
+def test_workers_make_the_same_batches(made):
+    dataset = opened(made, "imagenet2012")
+    iterator = train_batches(dataset, 8, seed=0, first_step=2, workers=2)
+    batches = taken(iterator, 4)
+    iterator.close()
+    assert all(map(same, batches, train_batches(dataset, 8, seed=0, first_step=2)))
+
+
+def test_decoded_images_are_kept_until_the_set_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_CACHE_FROM", 0)
+    make_cifar10(tmp_path / "data", train=20, test=10)
+    first = joined(eval_batches(open_dataset("cifar10", data_dir=tmp_path / "data"), "test", 10))
+    (kept,) = (tmp_path / "data" / "decoded").glob("cifar10-*-test-*.npz")
+    with np.load(kept) as arrays:
+        np.savez(kept, images=arrays["images"], labels=(arrays["labels"] + 1) % 10)
+    again = joined(eval_batches(open_dataset("cifar10", data_dir=tmp_path / "data"), "test", 10))
+    assert [label for _, label in again] == [(label + 1) % 10 for _, label in first]
+    kept.write_bytes(kept.read_bytes()[:1000])
+    assert joined(eval_batches(open_dataset("cifar10", data_dir=tmp_path / "data"), "test", 10)) == first
+    for file in (tmp_path / "data" / "cifar10" / "3.0.2").iterdir():
+        os.utime(file, ns=(1, 1))
+    kept.unlink()
+    np.savez(kept, images=np.zeros((10, 32, 32, 3), np.uint8), labels=np.zeros(10, np.int32))
+    assert joined(eval_batches(open_dataset("cifar10", data_dir=tmp_path / "data"), "test", 10)) == first
+
+
+def test_any_set_with_images_and_labels_can_be_read(tmp_path):
+    """Grey and coloured JPEGs and PNGs of several sizes, no recipe: centre crop, [-1, 1], "validation" as test."""
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(shape=(None, None, 3)), "label": tfds.features.ClassLabel(num_classes=4)}
+    )
+    random = np.random.default_rng(0)
+    images = [made_image(random, number, (30 + number, 40, 3 if number % 2 else 1)) for number in range(12)]
+
+    def encoded(count):
+        return lambda: ((n, {"image": jpeg(images[n]), "label": n % 4}) for n in range(count))
+
+    write_set(tmp_path / "data", "garden", "2.0.0", features, {"train": encoded(12), "validation": encoded(4)})
+    dataset = open_dataset("garden", data_dir=tmp_path / "data", image_size=24, validation_fraction=0.25)
+    assert (dataset.num_classes, dataset.image_shape) == (4, (24, 24, 3))
+    assert dataset.sizes == {"train": 9, "validation": 3, "test": 4}
+    batch = next(eval_batches(dataset, "test", 4))
+    expected = {n: centre_crop(jpeg(images[n]), 3, 24) / 127.5 - 1 for n in range(4)}
+    for image, label in zip(batch["image"], batch["label"], strict=True):
+        np.testing.assert_allclose(image, expected[int(label)], atol=1e-6)
+    # Without a recipe training images are not changed.
+    assert set(joined(taken(train_batches(dataset, 9, seed=0), 1))) == set(joined(eval_batches(dataset, "train", 9)))
+
+
+def test_neither_jax_nor_tensorflow_is_needed(made):
+    """jax cannot be imported at all here; grain uses it where it can."""
+    script = (
+        "import sys\n"
+        "class NoJax:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('jax', 'jaxlib'):\n"
+        "            raise ImportError(name)\n"
+        "import mpq_jax.data as data\n"
+        "heavy = ('jax', 'tensorflow', 'tensorflow_datasets', 'grain', 'sklearn')\n"
+        "assert not [name for name in heavy if name in sys.modules]\n"
+        "sys.meta_path.insert(0, NoJax())\n"
+        "for name, size in (('digits', None), ('cifar10', None), ('imagenet2012', 32)):\n"
+        "    dataset = data.open_dataset(name, data_dir=sys.argv[1], image_size=size)\n"
+        "    next(data.train_batches(dataset, 4, seed=0))\n"
+        "    sum(len(batch['label']) for batch in data.eval_batches(dataset, 'test', 4))\n"
+        "assert not [name for name in ('jax', 'tensorflow') if name in sys.modules]\n"
+        "print('read')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, str(made[0])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == "read\n", done.stderr
+
+
+# Crops.
+
+
+@pytest.mark.parametrize("width, height", ((500, 375), (333, 500), (64, 64), (1, 1), (7, 3)))
+def test_crop_boxes_keep_to_area_and_ratio(width, height):
+    random, areas, ratios = np.random.default_rng(0), [], []
+    for _ in range(1000):
+        left, top, right, bottom = crop_box(random, width, height)
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+        areas.append((right - left) * (bottom - top) / (width * height))
+        ratios.append((right - left) / (bottom - top))
+    if min(width, height) > 50:
+        slack = 2 / min(width, height) / math.sqrt(AREA[0])
+        assert AREA[0] * (1 - slack) <= min(areas) < 0.12 and 0.85 < max(areas) <= 1
+        assert RATIO[0] * (1 - slack) <= min(ratios) < 0.8 and 1.25 < max(ratios) <= RATIO[1] * (1 + slack)
+
+
+@pytest.mark.parametrize("width, height, box", ((1000, 10, (493, 0, 506, 10)), (10, 1000, (0, 493, 10, 506))))
+def test_an_image_too_long_for_any_box_is_cut_in_the_middle(width, height, box):
+    """8 % of the area at 3:4 is over 24 pixels wide: none fits."""
+    assert {crop_box(np.random.default_rng(seed), width, height) for seed in range(20)} == {box}
+
+
+@pytest.mark.parametrize("box", ((0, 0, 90, 70), (13, 5, 53, 45), (80, 60, 90, 70), (10, 0, 42, 32)))
+def test_crop_and_resize_is_pils_resize_of_that_box(box):
+    """The box cut out first, then resized: no neighbours outside of it, no shortcut in decoding."""
+    encoded = jpeg(made_image(np.random.default_rng(0), 3, (70, 90, 3)))
+    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    expected = np.asarray(image.crop(box).resize((64, 64), Image.Resampling.BILINEAR))
+    assert np.array_equal(crop_and_resize(encoded, 3, box, 64), expected)
+
+
+def test_large_jpegs_are_decoded_small_with_nearly_the_same_result():
+    encoded = jpeg(made_image(np.random.default_rng(0), 3, (801, 1203, 3)))
+    box = (101, 50, 1101, 750)
+    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    expected = np.asarray(image.crop(box).resize((64, 64), Image.Resampling.BILINEAR), np.float64)
+    result = crop_and_resize(encoded, 3, box, 64)
+    assert np.abs(result - expected).mean() < 2 and not np.array_equal(result, expected)
+
+
+def test_random_resized_crop_is_a_box_and_half_the_time_a_flip():
+    encoded = jpeg(made_image(np.random.default_rng(0), 3, (60, 80, 3)))
+    flips = 0
+    for seed in range(40):
+        box = crop_box(np.random.default_rng(seed), 80, 60)
+        plain = crop_and_resize(encoded, 3, box, 32)
+        result = random_resized_crop(encoded, 3, 32, np.random.default_rng(seed))
+        flipped = np.array_equal(result, plain[:, ::-1])
+        assert flipped or np.array_equal(result, plain)
+        flips += flipped
+    assert 8 < flips < 32
+
+
+def triangle_weights(source, target):
+    """[target, source]: antialiased linear interpolation, from its definition, in float64."""
+    scale = source / target
+    support = max(scale, 1.0)
+    centres = (np.arange(target) + 0.5) * scale
+    distance = np.abs(np.arange(source) + 0.5 - centres[:, None]) / support
+    weights = np.maximum(0, 1 - distance)
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("height, width", ((375, 500), (500, 333), (256, 256), (200, 150)))
+def test_centre_crop_is_resize_to_256_and_the_middle_224(height, width):
+    encoded = jpeg(made_image(np.random.default_rng(0), 1, (height, width, 3)))
+    pixels = np.asarray(Image.open(io.BytesIO(encoded)), np.float64)
+    short = min(height, width)
+    high, wide = (256 * side // short for side in (height, width))
+    resized = np.tensordot(triangle_weights(height, high), pixels, 1)
+    resized = np.einsum("sw,twc->tsc", triangle_weights(width, wide), resized, optimize=True)
+    top, left = round((high - 224) / 2), round((wide - 224) / 2)
+    expected = resized[top : top + 224, left : left + 224]
+    result = centre_crop(encoded, 3, 224)
+    assert result.shape == (224, 224, 3)
+    # PIL rounds to whole levels after each of the two passes.
+    assert np.abs(result - expected).max() < 1.6
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    (
+        ("fashion_mnist", ["apt-get install dataset-fashion-mnist", IDX_VARIABLE, "tfds build fashion_mnist"]),
+        ("cifar10", ["tfds build cifar10 --file_format array_record --data_dir nowhere"]),
+        ("imagenet2012", ["ILSVRC2012_img_train.tar", "tfds build imagenet2012", "--manual_dir DIR"]),
+        ("cifar01", ["did you mean cifar10?"]),
+        ("tf_flowers", ["tfds build tf_flowers"]),
+        ("digits:7.0.0", ["digits alone"]),
+        ("../secret", ["is no name"]),
+    ),
+)
+def test_a_missing_set_is_refused_with_the_way_to_get_it(name, words):
+    with pytest.raises(Refusal) as refusal:
+        open_dataset(name, data_dir="nowhere")
+    message = str(refusal.value)
+    assert "\n" not in message and all(word in message for word in words)
+    assert name in message
+
+
+@pytest.mark.parametrize("damage", ("tfrecord", "json", "no records", "no test"))
+def test_a_set_that_cannot_be_read_is_refused(tmp_path, damage):
+    make_cifar10(tmp_path / "data", train=20, test=10)
+    folder = tmp_path / "data" / "cifar10" / "3.0.2"
+    info = folder / "dataset_info.json"
+    if damage == "tfrecord":
+        info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    elif damage == "json":
+        info.write_text(info.read_text()[:100])
+    elif damage == "no records":
+        next(folder.glob("*train*")).unlink()
+    else:
+        info.write_text(info.read_text().replace('"name": "test"', '"name": "tset"'))
+    with pytest.raises(Refusal) as refusal:
+        open_dataset("cifar10", data_dir=tmp_path / "data")
+    assert "\n" not in str(refusal.value) and "cifar10" in str(refusal.value)
+
+
+def test_a_set_without_images_and_labels_is_refused(tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(shape=(4, 4, 1)), "label": tfds.features.Text()}
+    )
+    examples = labelled(np.zeros((3, 4, 4, 1), np.uint8), np.zeros(3, int))
+    texts = {"train": lambda: ((key, {**one, "label": "x"}) for key, one in examples())}
+    write_set(tmp_path / "data", "captions", "1.0.0", features, {**texts, "test": texts["train"]})
+    with pytest.raises(Refusal, match='has the features image, label; only sets with an "image"'):
+        open_dataset("captions", data_dir=tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    (
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
+        ({"validation_fraction": -0.1}, "validation_fraction is -0.1"),
+        ({"validation_fraction": 0.999}, "too few"),
+        ({"image_size": 64}, "cifar10 has images of 32x32"),
+    ),
+)
+def test_impossible_options_are_refused(made, options, words):
+    with pytest.raises(Refusal, match=words):
+        open_dataset("cifar10", data_dir=made[0], **options)
+    with pytest.raises(Refusal, match="image_size is 0"):
+        open_dataset("imagenet2012", data_dir=made[0], image_size=0)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    (
+        {"batch_size": 0},
+        {"batch_size": 10, "process_count": 3},
+        {"batch_size": 4, "process_index": 2, "process_count": 2},
+        {"batch_size": 4, "process_count": 0},
+    ),
+)
+def test_impossible_layouts_are_refused(made, layout):
+    dataset = opened(made, "cifar10")
+    with pytest.raises(Refusal):
+        train_batches(dataset, seed=0, **layout)
+    with pytest.raises(Refusal):
+        eval_batches(dataset, "test", **layout)
+
+
+def test_impossible_steps_splits_and_limits_are_refused(made):
+    dataset = opened(made, "cifar10")
+    with pytest.raises(Refusal, match="first_step is -1"):
+        train_batches(dataset, 4, seed=0, first_step=-1)
+    with pytest.raises(Refusal, match="'valid' is no split; give one of train, validation, test"):
+        eval_batches(dataset, "valid", 4)
+    with pytest.raises(Refusal, match="limit is 0"):
+        eval_batches(dataset, "test", 4, limit=0)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refusal, match="digits cannot be written under"):
+        open_dataset("digits", data_dir=tmp_path / "file")

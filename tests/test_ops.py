@@ -1,0 +1,115 @@
+"""ops: values and gradients against JAX's own operations, alone and under vmap in every combination."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from mpq_jax import ops
+
+NUMBERS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+
+def convolution(strides=(1, 1), padding=((1, 1), (1, 1)), groups=1, lhs_dilation=(1, 1)):
+    return {
+        "window_strides": strides,
+        "padding": padding,
+        "lhs_dilation": lhs_dilation,
+        "rhs_dilation": (1, 1),
+        "dimension_numbers": NUMBERS,
+        "feature_group_count": groups,
+        "batch_group_count": 1,
+        "precision": None,
+        "preferred_element_type": None,
+    }
+
+
+DOT = {"dimension_numbers": (((2,), (0,)), ((), ())), "precision": None, "preferred_element_type": None}
+CASES = {
+    "3x3": ("conv_general_dilated", convolution(), (2, 6, 5, 4), (3, 3, 4, 3)),
+    "1x1 stride 2": ("conv_general_dilated", convolution((2, 2), ((0, 0), (0, 0))), (2, 6, 6, 4), (1, 1, 4, 5)),
+    "transposed": ("conv_general_dilated", convolution(lhs_dilation=(2, 2)), (2, 4, 4, 3), (3, 3, 3, 2)),
+    "grouped": ("conv_general_dilated", convolution(groups=2), (2, 5, 5, 4), (3, 3, 2, 6)),
+    "depthwise": ("conv_general_dilated", convolution(groups=4), (2, 6, 5, 4), (3, 3, 1, 4)),
+    "depthwise stride 2": ("conv_general_dilated", convolution((2, 2), groups=4), (2, 7, 6, 4), (3, 3, 1, 4)),
+    "depthwise uneven padding": (
+        "conv_general_dilated",
+        convolution((2, 1), ((0, 1), (2, 0)), groups=4),
+        (2, 7, 6, 4),
+        (3, 2, 1, 4),
+    ),
+    "dot": ("dot_general", DOT, (2, 3, 4), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("batched", list(itertools.product([False, True], repeat=2)))
+def test_rows_equal_plain(case, batched):
+    """Forward and both gradients; where both operands have a row axis, the plain operation runs in a Python loop."""
+    primitive, params, lhs_shape, rhs_shape = CASES[case]
+    rng = np.random.default_rng(0)
+    lhs = jnp.asarray(rng.normal(size=((3, *lhs_shape) if batched[0] else lhs_shape)), jnp.float32)
+    rhs = jnp.asarray(rng.normal(size=((3, *rhs_shape) if batched[1] else rhs_shape)), jnp.float32)
+    axes = tuple(0 if b else None for b in batched)
+
+    def loss(kernels, lhs, rhs):
+        product = ops.contract(primitive, params, kernels)
+        out = jax.vmap(product, axes)(lhs, rhs) if any(batched) else product(lhs, rhs)
+        return jnp.sin(out).sum(), out
+
+    def reference(lhs, rhs):
+        product = ops.contract(primitive, params, "plain")
+        rows = [product(lhs[i] if batched[0] else lhs, rhs[i] if batched[1] else rhs) for i in range(3)]
+        out = jnp.stack(rows) if any(batched) else rows[0]
+        return jnp.sin(out).sum(), out
+
+    (_, out), grads = jax.value_and_grad(loss, (1, 2), has_aux=True)("rows", lhs, rhs)
+    (_, expected), expected_grads = jax.value_and_grad(reference, (0, 1), has_aux=True)(lhs, rhs)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_per_row_gradients():
+    """vmap of grad, as criteria use it."""
+    primitive, params, lhs_shape, rhs_shape = CASES["3x3"]
+    lhs, rhs = jnp.ones((3, *lhs_shape)), jnp.linspace(-1, 1, 3 * np.prod(rhs_shape)).reshape(3, *rhs_shape)
+
+    def gradient(kernels):
+        def loss(rhs, lhs):
+            return jnp.square(ops.contract(primitive, params, kernels)(lhs, rhs)).sum()
+
+        return jax.vmap(jax.grad(loss))(rhs, lhs)
+
+    np.testing.assert_allclose(gradient("rows"), gradient("plain"), rtol=1e-4)
+
+
+def test_rows_make_no_grouped_convolution():
+    """What plain vmap makes of P kernels is one convolution in P groups; here there are P without groups."""
+    primitive, params, lhs_shape, rhs_shape = CASES["3x3"]
+
+    def groups(kernels):
+        text = str(jax.make_jaxpr(jax.vmap(ops.contract(primitive, params, kernels)))(
+            jnp.ones((3, *lhs_shape)), jnp.ones((3, *rhs_shape))
+        ))
+        return text.count("conv_general_dilated["), "feature_group_count=3" in text
+
+    assert groups("plain") == (1, True)
+    assert groups("rows") == (3, False)
+
+
+def test_hessian_vector_product_with_plain_kernels():
+    """jvp of grad through the plain operation, against finite differences of the gradient."""
+    primitive, params, lhs_shape, rhs_shape = CASES["3x3"]
+    rng = np.random.default_rng(2)
+    lhs, rhs, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (lhs_shape, rhs_shape, rhs_shape))
+
+    def gradient(rhs):
+        return jax.grad(lambda r: jnp.square(ops.contract(primitive, params, "plain")(lhs, r)).sum())(rhs)
+
+    product = jax.jvp(gradient, (rhs,), (v,))[1]
+    difference = (gradient(rhs + 1e-2 * v) - gradient(rhs - 1e-2 * v)) / 2e-2
+    np.testing.assert_allclose(product, difference, rtol=1e-2, atol=0.1)

@@ -1,0 +1,322 @@
+"""Joint training: the summed loss, rows, optimizers, statistics, against things computed one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from mpq_jax import Bits, Layer, Refusal, flax_seam, joint, optimizers
+from mpq_jax.quantize import quantize
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(4, (3, 3), name="stem")(x))
+        x = nn.Conv(4, (3, 3), use_bias=False, name="conv")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+WIDTHS = (2, 3, 4)
+BATCH = {
+    "image": jnp.asarray(np.random.default_rng(0).normal(size=(8, 5, 5, 2)), jnp.float32),
+    "label": jnp.asarray(np.arange(8) % 3, jnp.int32),
+}
+TASK = joint.classification()
+SGD = optax.sgd(0.1)
+
+
+@pytest.fixture(scope="module")
+def net():
+    model = Net()
+    quantized = quantize(model, BATCH["image"], bit_widths=WIDTHS)
+    variables = model.init(jax.random.key(0, impl="rbg"), BATCH["image"])
+    return quantized, quantized.calibrate(variables, BATCH["image"])
+
+
+def uniform(quantized):
+    return joint.uniform_rows(quantized.layers, quantized.bit_widths, quantized.activation_bit_widths)
+
+
+def row_of(policies, i):
+    return jax.tree.map(lambda bits: bits[i], policies)
+
+
+def cross_entropy_numpy(logits, labels, smoothing=0.0):
+    logits = np.asarray(logits, np.float64)
+    log_p = logits - logits.max(-1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+    target = np.eye(logits.shape[-1])[labels] * (1 - smoothing) + smoothing / logits.shape[-1]
+    return -(target * log_p).sum(-1).mean()
+
+
+def test_losses_of_rows_equal_numpy(net):
+    quantized, variables = net
+    state = joint.init_state(variables, SGD, 3)
+    policies = uniform(quantized)
+    total, (losses, stats) = joint.joint_loss(quantized, TASK, state.params, state.rows, policies, BATCH)
+    for i in range(3):
+        logits, updates = quantized.apply(
+            variables, row_of(policies, i), BATCH["image"], train=True, mutable=["batch_stats"]
+        )
+        np.testing.assert_allclose(losses[i], cross_entropy_numpy(logits, np.asarray(BATCH["label"])), rtol=1e-5)
+        for path, leaf in flax_seam.flatten(updates).items():
+            np.testing.assert_allclose(flax_seam.flatten(stats)[path][i], leaf, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(total, losses.sum(), rtol=1e-6)
+
+
+def test_padding_and_smoothing():
+    logits = np.random.default_rng(1).normal(size=(6, 3))
+    labels = np.array([0, 1, 2, 0, -1, -1])
+    smooth = joint.classification(0.1)
+    batch = {"label": jnp.asarray(labels)}
+    expected = cross_entropy_numpy(logits[:4], labels[:4], 0.1)
+    np.testing.assert_allclose(smooth.loss(jnp.asarray(logits), batch), expected, rtol=1e-5)
+    right, count = smooth.correct(jnp.asarray(logits), batch)
+    assert int(count) == 4 and int(right) == (logits[:4].argmax(-1) == labels[:4]).sum()
+
+
+@pytest.mark.parametrize("options", [{"rows_at_a_time": 1}, {"rows_at_a_time": 2}, {"rows_at_a_time": 4}])
+def test_rows_at_a_time_change_nothing(net, options):
+    quantized, variables = net
+    state = joint.init_state(variables, SGD, 4, affine_per_row=True)
+    key = jax.random.key(3)
+    results = []
+    for extra in ({}, options):
+        step = joint.make_step(quantized, TASK, SGD, uniform=uniform(quantized), random=1, **extra)
+        results.append(jax.jit(step)(state, BATCH, key))
+    (one, metrics), (other, metrics2) = results
+    np.testing.assert_array_equal(metrics["assignment"], metrics2["assignment"])
+    for a, b in ((metrics["losses"], metrics2["losses"]), (one.params, other.params), (one.rows, other.rows)):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5), a, b)
+
+
+def test_rows_at_a_time_must_divide(net):
+    quantized, variables = net
+    step = joint.make_step(quantized, TASK, SGD, uniform=uniform(quantized), rows_at_a_time=2)
+    with pytest.raises(Refusal, match=r"choose one of \[1, 3\]"):
+        step(joint.init_state(variables, SGD, 3), BATCH, jax.random.key(0))
+
+
+def test_affine_per_row(net):
+    """Each row moves its own scale and bias by its own gradient; the shared copies stay."""
+    quantized, variables = net
+    state = joint.init_state(variables, SGD, 3, affine_per_row=True)
+    assert set(state.rows["affine"]) == {"bn/scale", "bn/bias"}
+    policies = uniform(quantized)
+    after, _ = joint.make_step(quantized, TASK, SGD, uniform=policies)(state, BATCH, jax.random.key(0))
+
+    def loss(params, i):
+        out, _ = quantized.apply(
+            {**variables, "params": params}, row_of(policies, i), BATCH["image"], train=True, mutable=["batch_stats"]
+        )
+        return TASK.loss(out, BATCH)
+
+    for i in range(3):
+        gradient = jax.grad(loss)(variables["params"], i)["bn"]["scale"]
+        expected = variables["params"]["bn"]["scale"] - 0.1 * gradient
+        np.testing.assert_allclose(after.rows["affine"]["bn/scale"][i], expected, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(joint.row_variables(after, i)["params"]["bn"]["scale"], expected, rtol=1e-3, atol=1e-6)
+    np.testing.assert_array_equal(after.params["bn"]["scale"], variables["params"]["bn"]["scale"])
+
+
+def test_distillation(net):
+    """In place: the widest row teaches; given: the teacher's logits come with the batch. KL in NumPy."""
+    quantized, variables = net
+    state = joint.init_state(variables, SGD, 3)
+    policies = uniform(quantized)
+    args = (quantized, TASK, state.params, state.rows, policies)
+    _, (plain, _) = joint.joint_loss(*args, BATCH)
+    logits = [
+        np.asarray(
+            quantized.apply(variables, row_of(policies, i), BATCH["image"], train=True, mutable=["batch_stats"])[0],
+            np.float64,
+        )
+        for i in range(3)
+    ]
+
+    def log_softmax(x):
+        x = x - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    def kl(teacher, student):
+        t, s = log_softmax(teacher), log_softmax(student)
+        return (np.exp(t) * (t - s)).sum(-1).mean()
+
+    _, (mixed, _) = joint.joint_loss(*args, BATCH, distill=joint.Distill(0.3))
+    expected = [0.7 * plain[i] + 0.3 * kl(logits[2], logits[i]) for i in range(2)] + [plain[2]]
+    np.testing.assert_allclose(mixed, expected, rtol=1e-4)
+    teacher = np.random.default_rng(5).normal(size=logits[0].shape)
+    given = {**BATCH, "teacher": jnp.asarray(teacher, jnp.float32)}
+    _, (mixed, _) = joint.joint_loss(*args, given, distill=joint.Distill(0.3, "given"))
+    np.testing.assert_allclose(mixed, [0.7 * plain[i] + 0.3 * kl(teacher, logits[i]) for i in range(3)], rtol=1e-4)
+
+
+def test_error_term_in_numpy(net):
+    """lambda * sum over layers of relative squared errors, reaching step sizes alone."""
+    quantized, variables = net
+    policies = uniform(quantized)
+    rows = joint.init_state(variables, SGD, 3).rows
+
+    def total(params, weight):
+        return joint.joint_loss(quantized, TASK, params, rows, policies, BATCH, error_weight=weight)[0]
+
+    params = variables["params"]
+    difference = float(total(params, 2.0) - total(params, 0.0)) / 2.0
+    policy = [row_of(policies, i) for i in range(3)]
+
+    def error(x, step, bits, signed):
+        low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        x = np.asarray(x, np.float64)
+        return np.square(np.round(np.clip(x / step, low, high)) * step - x).mean() / np.square(x).mean()
+
+    expected = 0.0
+    seen = []
+
+    def spy(call, lhs, rhs, value):
+        seen.append((call.leaf, np.asarray(lhs), np.asarray(rhs)))
+        out = real(call, lhs, rhs, value)
+        return out
+
+    from mpq_jax import quantize as module
+
+    for i in range(3):
+        seen.clear()
+        real = module._quantizing(quantized.specs, quantized.quantizer, "plain", False)
+        values = module._values(quantized.specs, variables, policy[i])
+        quantized.walk(variables, values, spy, (BATCH["image"],), {"train": True}, ["batch_stats"])
+        for leaf, x, w in seen:
+            spec = quantized.specs[leaf]
+            layer = params[spec.paths[0]]
+            bits = policy[i][spec.paths[0]]
+            at = spec.weight_bit_widths.index(int(bits.w)), spec.activation_bit_widths.index(int(bits.a))
+            expected += error(w, float(layer["weight_step_size"][at[0]]), int(bits.w), True)
+            expected += error(x[:1], float(layer["activation_step_size"][at[1]]), int(bits.a), spec.signed)
+    np.testing.assert_allclose(difference, expected, rtol=1e-3)
+    gradient = jax.grad(lambda p: total(p, 2.0) - total(p, 0.0))(params)
+    assert float(jnp.abs(gradient["conv"]["weight_step_size"]).max()) > 0
+    np.testing.assert_allclose(gradient["conv"]["kernel"], 0, atol=1e-5)
+
+
+LAYERS = (
+    Layer("a", 1, 1, False, Bits(8, 8)),
+    Layer("b", 1, 1, True, tied="t"),
+    Layer("c", 1, 1, True, tied="t"),
+    Layer("d", 1, 1, True, weight_bit_widths=(4, 8), activation_bit_widths=(4,)),
+)
+
+
+def test_random_rows():
+    """Candidates only, ties kept, weights and activations independent, a pure function of the key."""
+    rows = joint.random_rows(jax.random.key(0), LAYERS, WIDTHS, WIDTHS, 4000)
+    array = np.asarray(joint.assignment_array(rows, LAYERS))
+    assert array.shape == (4000, 4, 2)
+    assert (array[:, 0] == 8).all() and set(np.unique(array[:, 3, 0])) == {4, 8} and (array[:, 3, 1] == 4).all()
+    np.testing.assert_array_equal(array[:, 1, 1], array[:, 2, 1])
+    for column in (array[:, 1, 0], array[:, 2, 0], array[:, 1, 1]):
+        counts = np.bincount(column)[2:5]
+        assert counts.min() > 4000 / 3 - 150  # five standard deviations
+    assert abs(np.corrcoef(array[:, 1, 0], array[:, 1, 1])[0, 1]) < 0.08
+    again = joint.random_rows(jax.random.key(0), LAYERS, WIDTHS, WIDTHS, 4000)
+    np.testing.assert_array_equal(array, joint.assignment_array(again, LAYERS))
+    same = joint.random_rows(jax.random.key(1), LAYERS[1:2], WIDTHS, WIDTHS, 50, same_bits=True)
+    np.testing.assert_array_equal(same["b"].w, same["b"].a)
+
+
+def test_uniform_rows_take_the_nearest_candidate():
+    rows = joint.uniform_rows(LAYERS, (2, 3, 6), (2, 3, 6))
+    assert rows["b"].w.tolist() == [2, 3, 6] and rows["a"].a.tolist() == [8, 8, 8]
+    assert rows["d"].w.tolist() == [4, 4, 4] and rows["d"].a.tolist() == [4, 4, 4]
+
+
+def test_log_space_is_gradient_descent_on_the_logarithm():
+    """Against SGD on the variable log s itself."""
+    optimizer = optimizers.log_space(optax.sgd(0.1, 0.9))
+    s, log_s = jnp.array([0.01, 3.0]), jnp.log(jnp.array([0.01, 3.0]))
+    plain = optax.sgd(0.1, 0.9)
+    state, plain_state = optimizer.init(s), plain.init(log_s)
+
+    def f(s):
+        return jnp.square(jnp.log(s) + 1).sum() + s.sum()
+
+    for _ in range(20):
+        updates, state = optimizer.update(jax.grad(f)(s), state, s)
+        s = optax.apply_updates(s, updates)
+        updates, plain_state = plain.update(jax.grad(lambda z: f(jnp.exp(z)))(log_s), plain_state, log_s)
+        log_s = optax.apply_updates(log_s, updates)
+    np.testing.assert_allclose(s, jnp.exp(log_s), rtol=1e-4)
+
+
+def test_keep_positive_and_partition(net):
+    quantized, variables = net
+    huge = optax.chain(optax.sgd(1e6), optimizers.keep_positive())
+    optimizer = optimizers.partition(quantized, optax.set_to_zero(), huge)
+    state = joint.init_state(variables, optimizer, 3)
+    after, _ = joint.make_step(quantized, TASK, optimizer, uniform=uniform(quantized))(state, BATCH, jax.random.key(0))
+    before_flat, after_flat = flax_seam.flatten(state.params), flax_seam.flatten(after.params)
+    for path, leaf in after_flat.items():
+        if path.endswith("step_size"):
+            assert (leaf > 0).all(), path
+        else:
+            np.testing.assert_array_equal(leaf, before_flat[path])
+    moved = [p for p in after_flat if p.endswith("step_size") and not np.array_equal(after_flat[p], before_flat[p])]
+    assert len(moved) == 6
+
+
+def test_batch_statistics_are_the_batches_own(net):
+    """Whatever the momentum: mean and variance of the layer's input over the batch, in NumPy."""
+    quantized, variables = net
+    policies = uniform(quantized)
+    stats = jax.tree.map(lambda x: jnp.stack([x] * 3), {"batch_stats": variables["batch_stats"]})
+    found = joint.make_batch_statistics(quantized, TASK)(variables["params"], stats, policies, BATCH)
+    seen = {}
+
+    def spy(call, lhs, rhs, value):
+        out, tap = real(call, lhs, rhs, value)
+        seen[call.leaf] = np.asarray(out, np.float64)
+        return out, tap
+
+    from mpq_jax import quantize as module
+
+    for i in range(3):
+        real = module._quantizing(quantized.specs, quantized.quantizer, "plain", False)
+        values = module._values(quantized.specs, variables, row_of(policies, i))
+        quantized.walk(variables, values, spy, (BATCH["image"],), {"train": True}, ["batch_stats"])
+        out = seen["conv/kernel"]
+        np.testing.assert_allclose(found["bn"]["mean"][i], out.mean((0, 1, 2)), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found["bn"]["var"][i], out.var((0, 1, 2)), rtol=1e-3, atol=1e-5)
+
+
+def test_golden_step(net):
+    """One step of the default kind of joint training, recomputed from plain gradients.
+
+    If this fails after a change that is meant to change the step, change the recomputation below with it.
+    """
+    quantized, variables = net
+    optimizer = optimizers.partition(quantized, optax.set_to_zero(), optimizers.log_space(optax.sgd(0.5)))
+    state = joint.init_state(variables, optimizer, 4)
+    key = jax.random.key(11)
+    after, metrics = joint.make_step(quantized, TASK, optimizer, uniform=uniform(quantized), random=1)(state, BATCH, key)
+    drawn = np.asarray(metrics["assignment"])[0]
+    searched = [layer.path for layer in quantized.layers if layer.searched]
+    random_policy = {ly.path: ly.bits for ly in quantized.layers if ly.bits}
+    random_policy |= {path: Bits(int(w), int(a)) for path, (w, a) in zip(searched, drawn, strict=True)}
+    rows = [row_of(uniform(quantized), i) for i in range(3)] + [random_policy]
+
+    def total(params):
+        outs = [
+            quantized.apply({**variables, "params": params}, row, BATCH["image"], train=True, mutable=["batch_stats"])[0]
+            for row in rows
+        ]
+        return sum(TASK.loss(out, BATCH) for out in outs)
+
+    gradient = jax.grad(total)(variables["params"])
+    for layer in ("stem", "conv", "head"):
+        for leaf in ("weight_step_size", "activation_step_size"):
+            s = variables["params"][layer][leaf]
+            expected = s * np.exp(-0.5 * gradient[layer][leaf] * s)
+            np.testing.assert_allclose(after.params[layer][leaf], expected, rtol=2e-3)
+    assert int(after.step) == 1

@@ -13,24 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpq_jax import build, checkpoint, data, flax_seam, joint, optimizers
+from mpq_jax import build, checkpoint, data, joint, optimizers
 from mpq_jax.config import Config, Finetune, Joint, Pretrain
 from mpq_jax.criteria.learned import RowLog
 from mpq_jax.files import whole
 from mpq_jax.progress import progress
+from mpq_jax.policy import stack
 from mpq_jax.types import Bits, Policy, QuantizedModel, Refusal
-
-TRANSIENT = ("teacher",)
 
 
 class Run(NamedTuple):
-    """What every stage needs."""
+    """What every stage needs. statistics, evaluate: joint's functions of those names, compiled once for all policies."""
 
     config: Config
     workdir: Path
     dataset: data.Dataset
     model: QuantizedModel
     variables: Mapping[str, Any]
+    statistics: Callable[..., Any]
+    evaluate: Callable[..., Any]
 
 
 def open_run(config: Config, workdir: Path) -> Run:
@@ -45,7 +46,16 @@ def open_run(config: Config, workdir: Path) -> Run:
     )
     model = build.quantized(config, dataset.num_classes, dataset.image_shape)
     variables = build.float_variables(config, model, dataset.num_classes, dataset.image_shape)
-    return Run(config, workdir, dataset, model, variables)
+    task = joint.classification()
+    return Run(
+        config,
+        workdir,
+        dataset,
+        model,
+        variables,
+        statistics=jax.jit(joint.make_batch_statistics(model, task)),
+        evaluate=jax.jit(joint.make_evaluate(model, task)),
+    )
 
 
 # ---- the loop all stages share ------------------------------------------------------------------------------------
@@ -79,6 +89,7 @@ def train(
     directory = run.workdir / stage
     key = jax.random.fold_in(jax.random.key(config.seed), sum(map(ord, stage)))
     compiled = jax.jit(step, donate_argnums=0)
+    state = jax.tree.map(jnp.copy, state)  # the step consumes its state; the caller's arrays stay
     with checkpoint.manager(directory) as manager:
         found = checkpoint.restore(manager, state)
         first, state = found if found else (0, state)
@@ -189,7 +200,8 @@ def joint_optimizer(model: QuantizedModel, settings: Joint, steps: int) -> optax
     weights = optax.set_to_zero() if settings.weights == "still" else sgd(settings.clip, settings.weight_decay)
     if settings.step_size_optimizer == "log_adam":
         rate = optimizers.schedule(settings.step_size_learning_rate, updates, warmup=warmup)
-        step_sizes = optimizers.log_space(optax.adam(rate))
+        # A short memory of the second moment: gradients shrink by orders of magnitude on the way from a bad start.
+        step_sizes = optimizers.log_space(optax.adam(rate, b2=0.95))
     elif settings.step_size_optimizer == "sgd":
         step_sizes = optax.chain(sgd(settings.clip, settings.weight_decay), optimizers.keep_positive())
     else:
@@ -215,6 +227,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
         same_bits=settings.same_bits,
         rows_at_a_time=settings.rows_at_a_time,
         distill=joint.Distill(settings.distill) if settings.distill else None,
+        error_weight=settings.error_weight,
         average=settings.average,
     )
     state = joint.init_state(
@@ -276,13 +289,6 @@ class RowLogFile:
 # ---- fine-tuning --------------------------------------------------------------------------------------------------
 
 
-def stack(policies: list[Policy]) -> dict[str, Bits]:
-    """Policies as one stack {path: Bits(int32 [P], int32 [P])}."""
-    return {
-        path: Bits(*(jnp.asarray([p[path][k] for p in policies], jnp.int32) for k in range(2))) for path in policies[0]
-    }
-
-
 def finetune(run: Run, name: str, policy: Policy, start: Mapping[str, Any], teacher: Mapping[str, Any]) -> Mapping[str, Any]:
     """Trains one policy from `start` (variables with step sizes); its statistics are re-estimated at the end.
 
@@ -319,7 +325,8 @@ def finetune(run: Run, name: str, policy: Policy, start: Mapping[str, Any], teac
     batches = _train_batches(run, settings.batch_size, "finetune")
     state = train(run, f"finetune/{name}", state, step, steps, batches, [name])
     variables = joint.row_variables(state, 0, averaged=True)
-    return with_statistics(run, variables, policy)
+    stats = reestimated(run, variables["params"], rows_of(variables, 1), policies)
+    return {"params": variables["params"], **jax.tree.map(lambda x: x[0], stats)}
 
 
 def _taught(step, model: QuantizedModel, task: joint.Task, teacher: Mapping[str, Any]):
@@ -333,37 +340,35 @@ def _taught(step, model: QuantizedModel, task: joint.Task, teacher: Mapping[str,
 # ---- evaluation ---------------------------------------------------------------------------------------------------
 
 
-def with_statistics(run: Run, variables: Mapping[str, Any], policy: Policy | None) -> Mapping[str, Any]:
-    """The variables with normalisation statistics re-estimated for the policy, on `statistics_batches` batches."""
-    if "batch_stats" not in variables:
-        return variables
-    statistics = jax.jit(joint.make_batch_statistics(run.model, joint.classification()))
+def rows_of(variables: Mapping[str, Any], count: int) -> Any:
+    """`count` copies [P, ...] of the collections that training changes."""
     stats = {name: tree for name, tree in variables.items() if name != "params"}
-    stats = jax.tree.map(lambda x: x[None], stats)
-    policies = stack([policy]) if policy is not None else None
+    return jax.tree.map(lambda x: jnp.stack([x] * count), stats)
+
+
+def reestimated(run: Run, params: Any, stats: Any, policies: Mapping[str, Bits] | None) -> Any:
+    """stats [P, ...] with normalisation statistics measured anew for each row's policy.
+
+    The mean over `statistics_batches` training batches of each batch's own statistics.
+    """
+    if "batch_stats" not in stats:
+        return stats
     batches = _train_batches(run, run.config.joint.batch_size, "statistics")(0)
-    count = run.config.statistics_batches
     total = None
-    for _ in range(count):
-        new = statistics(variables["params"], stats, policies, next(batches))
+    for _ in range(run.config.statistics_batches):
+        new = run.statistics(params, stats, policies, next(batches))
         total = new if total is None else jax.tree.map(jnp.add, total, new)
-    return {**variables, "batch_stats": jax.tree.map(lambda x: x[0] / count, total)}
+    return {**stats, "batch_stats": jax.tree.map(lambda x: x / run.config.statistics_batches, total)}
 
 
-def evaluate(run: Run, variables: Mapping[str, Any], policy: Policy | None, split: str) -> tuple[float, float]:
-    """(mean loss, accuracy) of one policy (None: float) on a whole split."""
-    task = joint.classification()
-    step = jax.jit(joint.make_evaluate(run.model, task))
-    stats = jax.tree.map(lambda x: x[None], {name: tree for name, tree in variables.items() if name != "params"})
-    policies = stack([policy]) if policy is not None else None
-    losses, right, examples = 0.0, 0, 0
+def evaluate(
+    run: Run, params: Any, stats: Any, policies: Mapping[str, Bits] | None, split: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(mean losses [P], accuracies [P]) of P rows on a whole split."""
+    losses: Any = 0.0
+    right: Any = 0
+    examples = 0
     for batch in data.eval_batches(run.dataset, split, run.config.eval_batch_size):
-        loss, correct, count = step(variables["params"], stats, policies, batch)
-        losses, right, examples = losses + float(loss[0]), right + int(correct[0]), examples + int(count)
+        loss, correct, count = run.evaluate(params, stats, policies, batch)
+        losses, right, examples = losses + np.asarray(loss, np.float64), right + np.asarray(correct), examples + int(count)
     return losses / examples, right / examples
-
-
-def parameters_equal(a: Any, b: Any) -> bool:
-    """Whether two parameter trees are the same, to the last bit."""
-    left, right = flax_seam.flatten(a), flax_seam.flatten(b)
-    return left.keys() == right.keys() and all(np.array_equal(left[k], right[k]) for k in left)

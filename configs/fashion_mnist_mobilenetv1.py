@@ -1,0 +1,15 @@
+"""Fashion-MNIST, MobileNetV1 of width 0.25, strides for small images.
+
+  python train.py  --config configs/fashion_mnist_mobilenetv1.py --workdir runs/fashion_mobilenetv1
+  python search.py --workdir runs/fashion_mobilenetv1 --budget bitops=W3A3
+"""
+
+from mpq_jax.config import Config, Data, Finetune, Joint, Model, Pretrain
+
+config = Config(
+    data=Data(name="fashion_mnist"),
+    model=Model(name="mobilenetv1", options={"width": 0.25, "small_images": True}),
+    pretrain=Pretrain(steps=2000, batch_size=128, learning_rate=0.1, warmup_steps=100),
+    joint=Joint(steps=300, batch_size=64),
+    finetune=Finetune(steps=1000, batch_size=128, learning_rate=0.02, warmup_steps=50),
+)

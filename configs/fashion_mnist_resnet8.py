@@ -1,0 +1,16 @@
+"""Fashion-MNIST, ResNet-8 (77,072 kernel weights).
+
+  python train.py  --config configs/fashion_mnist_resnet8.py --workdir runs/fashion_resnet8
+  python search.py --workdir runs/fashion_resnet8 --budget bitops=W3A3
+  python train.py  --config configs/fashion_mnist_resnet8.py --workdir runs/fashion_resnet8 --policy runs/fashion_resnet8/policy.json
+"""
+
+from mpq_jax.config import Config, Data, Finetune, Joint, Model, Pretrain
+
+config = Config(
+    data=Data(name="fashion_mnist"),
+    model=Model(name="resnet8"),
+    pretrain=Pretrain(steps=2000, batch_size=128, learning_rate=0.1, warmup_steps=100),
+    joint=Joint(steps=300, batch_size=64),
+    finetune=Finetune(steps=1000, batch_size=128, learning_rate=0.02, warmup_steps=50),
+)

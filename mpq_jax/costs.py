@@ -1,0 +1,269 @@
+"""Costs: from the layer table and a text such as "bitops=W3A4" to a Budget, in exact integers. No JAX."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpq_jax.files import read_json
+from mpq_jax.types import Bits, Budget, Importance, Layer, Policy, Refusal
+
+EXAMPLES = {
+    "bitops": "bitops=W3A4, bitops=55.3G or bitops=76x",
+    "size": "size=W3, size=8MB, size=256KB or size=12.2x",
+    "latency": "latency=3ms (with --latency latency.json)",
+}
+_NUMBER = r"(\d+(?:\.\d+)?)"
+Latency = Mapping[str, Mapping[tuple[int, int], float]]
+
+
+# ---- what a layer costs -------------------------------------------------------------------------------------------
+
+
+def layer_bitops(layer: Layer, bits: Bits) -> int:
+    """macs * w * a (LIMPQ section 3.3)."""
+    return layer.macs * bits.w * bits.a
+
+
+def layer_size(layer: Layer, bits: Bits) -> int:
+    """Bytes of the packed kernel: ceil(params * w / 8)."""
+    return -(-layer.params * bits.w // 8)
+
+
+def _layer_latency(latency: Latency) -> Callable[[Layer, Bits], float]:
+    def cost(layer: Layer, bits: Bits) -> float:
+        if layer.path not in latency:
+            raise Refusal(f"the latency table has no layer {layer.path!r}; measure it, or give another --latency")
+        found = latency[layer.path].get((bits.w, bits.a))
+        if found is None:
+            has = ", ".join(f"{w},{a}" for w, a in sorted(latency[layer.path]))
+            raise Refusal(f'the latency table has no "{bits.w},{bits.a}" for layer {layer.path!r}; it has {has}')
+        return found
+
+    return cost
+
+
+def policy_cost(cost: Callable[[Layer, Bits], Any], layers: Sequence[Layer], policy: Policy) -> Any:
+    """The sum over all layers, fixed ones at theirs."""
+    return sum(cost(layer, layer.bits if layer.bits is not None else policy[layer.path]) for layer in layers)
+
+
+def bitops(layers: Sequence[Layer], policy: Policy) -> int:
+    """BitOps of a policy, fixed layers included."""
+    return policy_cost(layer_bitops, layers, policy)
+
+
+def size(layers: Sequence[Layer], policy: Policy) -> int:
+    """Bytes of all packed kernels of a policy, fixed layers included."""
+    return policy_cost(layer_size, layers, policy)
+
+
+def _at(layers: Sequence[Layer], w: int, a: int) -> dict[str, Bits]:
+    return {layer.path: Bits(w, a) for layer in layers}
+
+
+# ---- budgets ------------------------------------------------------------------------------------------------------
+
+
+class _Kind(NamedTuple):
+    """One kind of budget: cost(layer, bits), its unit, and limit(text, layers) -> int | float | None (not understood)."""
+
+    cost: Callable[[Layer, Bits], Any]
+    unit: str
+    limit: Callable[[str, Sequence[Layer]], int | float | None]
+
+
+def _bitops_limit(text: str, layers: Sequence[Layer]) -> int | None:
+    if found := re.fullmatch(r"W(\d+)A(\d+)", text):
+        return bitops(layers, _at(layers, int(found[1]), int(found[2])))
+    if found := re.fullmatch(_NUMBER + r"([KMGT])", text):
+        return int(Fraction(found[1]) * {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[found[2]])
+    if (found := re.fullmatch(_NUMBER + "x", text)) and Fraction(found[1]):
+        return int(sum(layer.macs for layer in layers) * 32 * 32 / Fraction(found[1]))
+    return None
+
+
+def _size_limit(text: str, layers: Sequence[Layer]) -> int | None:
+    if found := re.fullmatch(r"W(\d+)", text):
+        return size(layers, _at(layers, int(found[1]), 32))
+    if found := re.fullmatch(_NUMBER + r"(B|KB|MB|GB)", text):
+        return int(Fraction(found[1]) * {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}[found[2]])
+    if (found := re.fullmatch(_NUMBER + "x", text)) and Fraction(found[1]):
+        return int(sum(layer.params for layer in layers) * 4 / Fraction(found[1]))
+    return None
+
+
+def _latency_limit(text: str, layers: Sequence[Layer]) -> float | None:
+    del layers
+    found = re.fullmatch(_NUMBER + r"(ns|us|ms|s)", text)
+    return float(Fraction(found[1]) * {"ns": Fraction(1, 10**6), "us": Fraction(1, 10**3), "ms": 1, "s": 1000}[found[2]]) if found else None
+
+
+def _kinds(latency: Latency | None) -> dict[str, _Kind]:
+    kinds = {
+        "bitops": _Kind(layer_bitops, "BitOps", _bitops_limit),
+        "size": _Kind(layer_size, "bytes", _size_limit),
+    }
+    if latency is not None:
+        kinds["latency"] = _Kind(_layer_latency(latency), "ms", _latency_limit)
+    return kinds
+
+
+def check_text(text: str) -> None:
+    """Refuses what cannot be a budget whatever the model: before any file is read or library imported."""
+    name, equals, value = text.partition("=")
+    if not equals or name not in EXAMPLES:
+        raise Refusal(f"budget {text!r} is not understood; write {'; '.join(EXAMPLES.values())}")
+    kind = {"bitops": _bitops_limit, "size": _size_limit, "latency": _latency_limit}[name]
+    limit = kind(value, (Layer("", 10**9, 10**9, True),))
+    if limit is None or limit <= 0:
+        raise Refusal(f"budget {text!r} is not understood; write {EXAMPLES[name]}")
+
+
+def parse_budgets(
+    texts: Sequence[str],
+    layers: Sequence[Layer],
+    bit_widths: Sequence[int],
+    activation_bit_widths: Sequence[int],
+    latency: Latency | None = None,
+) -> list[Budget]:
+    """Budgets from texts such as "bitops=W3A4"; see design of each form in EXAMPLES.
+
+    W3A4 is what the same model costs with every searched layer at W3A4, fixed layers at theirs. Limits in numbers are
+    rounded down to whole units. Raises Refusal for anything else, and for two limits on the same cost.
+    """
+    if not texts:
+        raise Refusal(f"no budget given; write --budget {EXAMPLES['bitops']}")
+    kinds, budgets = _kinds(latency), []
+    for text in texts:
+        check_text(text)
+        name, _, value = text.partition("=")
+        if name not in kinds:
+            raise Refusal(f"budget {text!r} needs a table of measured latencies; add --latency latency.json")
+        if any(b.name == name for b in budgets):
+            raise Refusal(f"two budgets limit {name}; keep the tighter one")
+        kind = kinds[name]
+        limit = kind.limit(value, layers)
+        if limit is None or limit <= 0:
+            raise Refusal(f"budget {text!r} leaves nothing to spend; write {EXAMPLES[name]}")
+        budgets.append(_budget(name, text, kind, limit, layers, bit_widths, activation_bit_widths))
+    return budgets
+
+
+def restore_budgets(limits: Mapping[str, int | float], importance: Importance) -> list[Budget]:
+    """The budgets of a saved policy, from their limits (a latency budget needs its table and is left out)."""
+    kinds = _kinds(None)
+    return [
+        _budget(name, f"{name}={limit}", kinds[name], limit, importance.layers, importance.bit_widths, importance.activation_bit_widths)
+        for name, limit in limits.items()
+        if name in kinds
+    ]
+
+
+def _budget(name, text, kind: _Kind, limit, layers, bit_widths, activation_bit_widths) -> Budget:
+    searched = [layer for layer in layers if layer.searched]
+    exact = name != "latency"
+    table = np.zeros((len(searched), len(bit_widths), len(activation_bit_widths)), np.int64 if exact else np.float64)
+    for row, layer in enumerate(searched):
+        for i, w in enumerate(bit_widths):
+            for j, a in enumerate(activation_bit_widths):
+                if w in (layer.weight_bit_widths or bit_widths) and a in (
+                    layer.activation_bit_widths or activation_bit_widths
+                ):
+                    table[row, i, j] = kind.cost(layer, Bits(w, a))
+    fixed = sum(kind.cost(layer, layer.bits) for layer in layers if layer.bits is not None)
+    return Budget(name, text, table, fixed, limit, kind.unit)
+
+
+def used(budget: Budget, policy: Policy, importance: Importance) -> int | float:
+    """What a policy spends of a budget: exact for counted costs."""
+    searched = [layer.path for layer in importance.layers if layer.searched]
+    return budget.fixed + sum(
+        budget.table[
+            row, importance.bit_widths.index(policy[path].w), importance.activation_bit_widths.index(policy[path].a)
+        ].item()
+        for row, path in enumerate(searched)
+    )
+
+
+def load_latency(path: str | Path) -> Latency:
+    """Reads a latency.json (design: {"layers": {path: {"8,8": ms}}}). Raises Refusal for anything else."""
+    value = read_json(path, "mpq-latency", 1, "your own measurements, see the README")
+    if value.get("unit") != "ms" or not isinstance(value.get("layers"), dict):
+        raise Refusal(f'{path} must have "unit": "ms" and "layers": {{path: {{"8,8": 0.21}}}}')
+    result: dict[str, dict[tuple[int, int], float]] = {}
+    for layer, entries in value["layers"].items():
+        result[layer] = {}
+        for key, milliseconds in entries.items() if isinstance(entries, dict) else [("", None)]:
+            found = re.fullmatch(r"(\d+),(\d+)", key)
+            number = isinstance(milliseconds, (int, float)) and not isinstance(milliseconds, bool)
+            if not found or not number or not 0 <= milliseconds < float("inf"):
+                raise Refusal(
+                    f'{path}, layer {layer!r}: {json.dumps(key)}: {milliseconds!r} is not "weight bits,activation bits": ms'
+                )
+            result[layer][int(found[1]), int(found[2])] = float(milliseconds)
+    return result
+
+
+# ---- describing ---------------------------------------------------------------------------------------------------
+
+
+def describe(layers: Sequence[Layer]) -> dict[str, Any]:
+    """{"layers": [...], "uniform": {"W3A3": {"bitops", "size_bytes", "compression"}}} for every width from 2 to 8."""
+    float_bytes = 4 * sum(layer.params for layer in layers)
+    uniform = {}
+    for w in range(2, 9):
+        for a in range(2, 9):
+            policy = _at(layers, w, a)
+            bytes_ = size(layers, policy)
+            uniform[f"W{w}A{a}"] = {
+                "bitops": bitops(layers, policy),
+                "size_bytes": bytes_,
+                "compression": round(float_bytes / bytes_, 4),
+            }
+    return {
+        "layers": [
+            {"path": layer.path, "params": layer.params, "macs": layer.macs, "searched": layer.searched}
+            for layer in layers
+        ],
+        "uniform": uniform,
+    }
+
+
+def describe_text(layers: Sequence[Layer]) -> str:
+    """The same as a table for people: layers, then the uniform policies of equal widths."""
+    width = max(len(layer.path) for layer in layers)
+    lines = [f"{'layer':{width}}  {'params':>12}  {'MACs':>14}  bits"]
+    for layer in layers:
+        bits = "searched" if layer.bits is None else "float" if layer.bits.w > 16 else f"W{layer.bits.w}A{layer.bits.a}"
+        tied = f"  (reads {layer.tied})" if layer.tied else ""
+        lines.append(f"{layer.path:{width}}  {layer.params:12,}  {layer.macs:14,}  {bits}{tied}")
+    macs, params = sum(layer.macs for layer in layers), sum(layer.params for layer in layers)
+    lines += [f"{'all':{width}}  {params:12,}  {macs:14,}", "", "uniform   BitOps         size           compression"]
+    for name, cost in describe(layers)["uniform"].items():
+        w, a = name[1:].split("A")
+        if w == a or name == "W3A4":
+            lines.append(
+                f"{name:8}  {human(cost['bitops'], 'BitOps'):13}  {human(cost['size_bytes'], 'bytes'):13}  "
+                f"{cost['compression']:.2f}x"
+            )
+    return "\n".join(lines)
+
+
+def human(value: int | float, unit: str) -> str:
+    """"55.31 G" BitOps, "1.24 MB", "3.20 ms"."""
+    if unit == "bytes":
+        for size_unit, factor in (("MB", 2**20), ("KB", 2**10)):
+            if value >= factor:
+                return f"{value / factor:.2f} {size_unit}"
+        return f"{value} B"
+    if unit == "BitOps":
+        for prefix, factor in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("K", 10**3)):
+            if value >= factor:
+                return f"{value / factor:.2f} {prefix}"
+        return f"{value}"
+    return f"{value:.3f} {unit}"

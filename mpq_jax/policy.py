@@ -1,0 +1,184 @@
+"""Policies: uniform, random, checked against a layer table; policy.json in and out. No JAX."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq_jax.files import read_json, write_json
+from mpq_jax.types import Bits, Layer, Policy, Refusal, Solution
+
+FORMAT, VERSION = "mpq-policy", 1
+MADE_BY = "python search.py --workdir … --budget …"
+
+
+def nearest(bits: int, candidates: Sequence[int]) -> int:
+    """The candidate nearest to `bits`, the lower of two."""
+    return min(candidates, key=lambda c: (abs(c - bits), c))
+
+
+def uniform(
+    layers: Sequence[Layer], w: int, a: int, bit_widths: Sequence[int] = (), activation_bit_widths: Sequence[int] = ()
+) -> dict[str, Bits]:
+    """Every searched layer at W{w}A{a}, or at its candidate nearest to it; fixed layers at theirs."""
+
+    def bits(layer: Layer) -> Bits:
+        if layer.bits is not None:
+            return layer.bits
+        own_w = layer.weight_bit_widths or bit_widths or (w,)
+        own_a = layer.activation_bit_widths or activation_bit_widths or (a,)
+        return Bits(nearest(w, own_w), nearest(a, own_a))
+
+    return {layer.path: bits(layer) for layer in layers}
+
+
+def random(
+    layers: Sequence[Layer],
+    bit_widths: Sequence[int],
+    activation_bit_widths: Sequence[int],
+    rng: np.random.Generator,
+    same_bits: bool = False,
+) -> dict[str, Bits]:
+    """A policy drawn uniformly from the candidates; tied layers share the draw of their activation bits.
+
+    same_bits: activation bits are the weight bits where both have the same candidates.
+    """
+    policy: dict[str, Bits] = {}
+    shared = tied_candidates(layers, activation_bit_widths)
+    drawn: dict[str, int] = {}
+    for layer in layers:
+        if layer.bits is not None:
+            policy[layer.path] = layer.bits
+            continue
+        w = int(rng.choice(layer.weight_bit_widths or bit_widths))
+        candidates = shared[layer.path]
+        a = w if same_bits and w in candidates else int(rng.choice(candidates))
+        if layer.tied is not None:
+            a = drawn.setdefault(layer.tied, a)
+        policy[layer.path] = Bits(w, a)
+    return policy
+
+
+def tied_candidates(layers: Sequence[Layer], activation_bit_widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Activation candidates of each searched layer: of tied ones, those that all of them allow.
+
+    Raises Refusal where tied layers allow none in common.
+    """
+    groups: dict[str, set[int]] = {}
+    for layer in layers:
+        if layer.searched and layer.tied is not None:
+            own = set(layer.activation_bit_widths or activation_bit_widths)
+            groups[layer.tied] = groups.get(layer.tied, own) & own
+    result = {}
+    for layer in layers:
+        if layer.searched:
+            own = tuple(layer.activation_bit_widths or activation_bit_widths)
+            if layer.tied is not None:
+                own = tuple(b for b in own if b in groups[layer.tied])
+                if not own:
+                    raise Refusal(
+                        f"layer {layer.path!r} reads the same tensor as others (tied {layer.tied!r}) but they allow no "
+                        "activation bits in common; give them common candidates, or untie them"
+                    )
+            result[layer.path] = own
+    return result
+
+
+def validate(
+    policy: Policy, layers: Sequence[Layer], bit_widths: Sequence[int], activation_bit_widths: Sequence[int], source: str
+) -> None:
+    """Raises Refusal, naming the layer, unless the policy gives every layer allowed bits and no other layer any.
+
+    Fixed layers may be left out; those in float may be, too.
+    """
+    table = {layer.path: layer for layer in layers}
+    for path in policy:
+        if path not in table:
+            near = difflib.get_close_matches(path, table, n=1)
+            hint = f" (the nearest is {near[0]!r})" if near else ""
+            raise Refusal(f"{source} names layer {path!r}, which this model does not have{hint}; is it another model's?")
+    tied: dict[str, tuple[str, int]] = {}
+    for layer in layers:
+        bits = policy.get(layer.path)
+        if bits is None:
+            if layer.searched:
+                raise Refusal(f"{source} has no bits for layer {layer.path!r}; is it another model's?")
+            continue
+        if layer.bits is not None and bits != layer.bits:
+            raise Refusal(
+                f"{source} gives layer {layer.path!r} W{bits.w}A{bits.a}, but a rule fixes it at "
+                f"W{layer.bits.w}A{layer.bits.a}; write [{layer.bits.w}, {layer.bits.a}]"
+            )
+        if layer.bits is None:
+            allowed_w = layer.weight_bit_widths or bit_widths
+            allowed_a = layer.activation_bit_widths or activation_bit_widths
+            for kind, value, allowed in (("weight", bits.w, allowed_w), ("activation", bits.a, allowed_a)):
+                if value not in allowed:
+                    raise Refusal(
+                        f"{source} gives layer {layer.path!r} {value} {kind} bits; its candidates are "
+                        f"{', '.join(map(str, allowed))}"
+                    )
+            if layer.tied is not None:
+                first, a = tied.setdefault(layer.tied, (layer.path, bits.a))
+                if a != bits.a:
+                    raise Refusal(
+                        f"{source} gives layers {first!r} and {layer.path!r} {a} and {bits.a} activation bits, but "
+                        "they read the same tensor; give them the same"
+                    )
+
+
+def save_policy(path: str | Path, solution: Solution, importance_sha256: str) -> None:
+    """Writes a policy.json, whole or not at all."""
+    write_json(
+        path,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "bits": {name: list(bits) for name, bits in solution.policy.items()},
+            "objective": solution.objective,
+            "bound": solution.bound,
+            "status": solution.status,
+            "solver": solution.solver,
+            "seconds": round(solution.seconds, 4),
+            "budgets": {name: {"used": used, "limit": limit} for name, (used, limit) in solution.used.items()},
+            "importance_sha256": importance_sha256,
+        },
+    )
+
+
+def load_policy(
+    path: str | Path, layers: Sequence[Layer], bit_widths: Sequence[int], activation_bit_widths: Sequence[int]
+) -> dict[str, Bits]:
+    """Reads and validates a policy.json; only "bits" is needed. Fixed layers that it leaves out are filled in.
+
+    Raises Refusal for a file of another model, a damaged one, or bits that a layer cannot have.
+    """
+    value = read_json(path, FORMAT, VERSION, MADE_BY)
+    entries = value.get("bits")
+    if not isinstance(entries, dict):
+        raise Refusal(f'{path}: "bits" must map layer paths to [weight bits, activation bits]; make it with: {MADE_BY}')
+    policy = {name: _bits(path, name, entry) for name, entry in entries.items()}
+    validate(policy, layers, bit_widths, activation_bit_widths, str(path))
+    return {layer.path: policy.get(layer.path, layer.bits) for layer in layers}  # type: ignore[misc]
+
+
+def _bits(path: str | Path, name: str, entry: Any) -> Bits:
+    if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list):
+        raise Refusal(f"{path} gives layer {name!r} weight bits per output channel; one number a layer is possible here")
+    if (
+        not isinstance(entry, list)
+        or len(entry) != 2
+        or not all(isinstance(b, int) and not isinstance(b, bool) for b in entry)
+    ):
+        raise Refusal(f"{path} gives layer {name!r} {entry!r}; write [weight bits, activation bits], e.g. [3, 4]")
+    return Bits(*entry)
+
+
+def stack(policies: Sequence[Mapping[str, Bits]]) -> dict[str, Bits]:
+    """Policies as one stack {path: Bits(int32 [P], int32 [P])}, NumPy."""
+    return {
+        path: Bits(*(np.array([policy[path][k] for policy in policies], np.int32) for k in range(2)))
+        for path in policies[0]
+    }

@@ -10,7 +10,7 @@ from mpq_jax.config import Config, Data, Finetune, Joint, Model, Pretrain
 config = Config(
     data=Data(name="fashion_mnist"),
     model=Model(name="resnet8"),
-    pretrain=Pretrain(steps=2000, batch_size=128, learning_rate=0.1, warmup_steps=100),
+    pretrain=Pretrain(steps=1200, batch_size=128, learning_rate=0.1, warmup_steps=100),
     joint=Joint(steps=300, batch_size=64),
-    finetune=Finetune(steps=1000, batch_size=128, learning_rate=0.02, warmup_steps=50),
+    finetune=Finetune(steps=500, batch_size=128, learning_rate=0.02, warmup_steps=50),
 )

@@ -1,38 +1,43 @@
 """What the commands do: `learn` (float and joint training, importance) and `finish` (fine-tuning and the report)."""
 
+import hashlib
+import json
 import platform
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import build, costs, flax_seam, joint, report, stages
+from mpq_jax import __version__, costs, flax_seam, importance, joint, policy, report, stages
 from mpq_jax.config import Config
 from mpq_jax.criteria.learned import learned
 from mpq_jax.files import read_json, write_json
-from mpq_jax.importance import load_importance, repair, save_importance
-from mpq_jax.policy import load_policy
+from mpq_jax.numerics import at_bits
 from mpq_jax.search import best_uniform, random_policies
-from mpq_jax.types import Budget, Importance, Policy, Refusal
+from mpq_jax.types import Bits, Budget, Importance, Policy, QuantizedModel, Refusal
+
+# (name, policies that its row is the mean of)
+Contestant = tuple[str, list[dict[str, Bits]]]
 
 
 def learn(config: Config, workdir: Path) -> Importance:
     """Float training, joint training, and <workdir>/importance.json. Resumes where it stopped."""
+    alpha = _alpha(config.joint.alpha)
     run = stages.open_run(config, workdir)
-    print(f"{config.model.name} on {config.data.name}: {sum(ly.searched for ly in run.model.layers)} layers to search")
+    searched = sum(layer.searched for layer in run.model.layers)
+    print(f"{config.model.name} on {config.data.name}: {searched} of {len(run.model.layers)} layers are searched")
     variables = stages.pretrain(run)
-    loss, accuracy = stages.evaluate(run, variables, None, "validation")
+    loss, accuracy = _evaluated(run, variables, None, "validation")
     print(f"float: validation accuracy {accuracy:.2%}, loss {loss:.4f}")
     start = stages.calibrated(run, variables)
     state, log = stages.joint_train(run, start)
-    trained = joint.row_variables(state, 0, averaged=True)
-    importance = learned(run.model, trained, log)
-    if config.joint.alpha != "auto":
-        importance = importance._replace(alpha=_alpha(config.joint.alpha))
-    importance, outliers = repair(importance)
+    end = joint.row_variables(state, 0, averaged=True)
+    table, outliers = importance.repair(learned(run.model, end, log))
+    table = table._replace(alpha=alpha if alpha is not None else table.alpha)
     for path, kind, bits in outliers:
         print(f"repaired: the {kind} indicator of {path} at {bits} bits fell where bits were taken away")
     write_json(
@@ -41,16 +46,18 @@ def learn(config: Config, workdir: Path) -> Importance:
             "format": "mpq-indicators",
             "version": 1,
             "initial": _tables(learned(run.model, start)),
-            "learned": _tables(learned(run.model, trained)),
+            "learned": _tables(learned(run.model, end)),
             "outliers": [list(outlier) for outlier in outliers],
         },
     )
-    save_importance(workdir / "importance.json", importance)
-    print(f"importance of {len(importance.weight)} layers, alpha {importance.alpha}: {workdir / 'importance.json'}")
-    return importance
+    importance.save_importance(workdir / "importance.json", table)
+    print(f"importance of {searched} layers, alpha {table.alpha:g}: {workdir / 'importance.json'}")
+    return table
 
 
-def _alpha(text: str) -> float:
+def _alpha(text: str) -> float | None:
+    if text == "auto":
+        return None
     try:
         value = float(text)
     except ValueError:
@@ -60,54 +67,158 @@ def _alpha(text: str) -> float:
     return value
 
 
-def _tables(importance: Importance) -> dict[str, Any]:
-    assert importance.weight is not None and importance.activation is not None
-    return {"weight": importance.weight.tolist(), "activation": importance.activation.tolist()}
+def _tables(table: Importance) -> dict[str, Any]:
+    assert table.weight is not None and table.activation is not None
+    return {"weight": table.weight.tolist(), "activation": table.activation.tolist()}
 
 
 # ---- fine-tuning and the report -----------------------------------------------------------------------------------
 
 
 def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
-    """Fine-tunes the policy and those it is compared with, and writes <workdir>/report.md. -> its path"""
+    """Fine-tunes the policy and those it is compared with, measures all once on the test set, writes report.md."""
+    table = importance.load_importance(workdir / "importance.json")
+    mixed = policy.load_policy(policy_path, table.layers, table.bit_widths, table.activation_bit_widths)
+    saved = read_json(policy_path, "mpq-policy", 1, policy.MADE_BY)
+    budgets = costs.restore_budgets({name: b["limit"] for name, b in saved.get("budgets", {}).items()}, table)
     run = stages.open_run(config, workdir)
-    importance = load_importance(workdir / "importance.json")
-    policy = load_policy(policy_path, importance.layers, importance.bit_widths, importance.activation_bit_widths)
-    saved = read_json(policy_path, "mpq-policy", 1, "python search.py --workdir … --budget …")
-    budgets = _budgets(saved, importance)
     float_variables = stages.pretrain(run)
-    start_joint = _joint_variables(run, float_variables)
-    contestants: dict[str, list[Policy]] = {}
+    joint_state, _ = stages.joint_train(run, stages.calibrated(run, float_variables))
+    contestants: list[Contestant] = [("mixed", [mixed])]
     if config.finetune.compare and budgets:
-        contestants |= _compared(importance, budgets, config)
-    contestants["mixed"] = [policy]
-    rows = [_measured(run, "float", [(float_variables, None)], importance)]
-    final: Mapping[str, Any] = {}
-    for name, policies in contestants.items():
-        trained = []
-        for i, each in enumerate(policies):
-            stage = _slug(name) + (f"-{i + 1}" if len(policies) > 1 else "") + "-" + _fingerprint(each)
-            start = _start(run, start_joint, float_variables, each)
-            final = stages.finetune(run, stage, each, start, float_variables)
-            trained.append((final, each))
-        rows.append(_measured(run, name, trained, importance))
+        contestants = [*_compared(table, budgets, config), *contestants]
+    trained = {name: [_finetuned(run, p, joint_state, float_variables) for p in group] for name, group in contestants}
+    # The test set is read here, after every decision has been made.
+    loss, accuracy = _evaluated(run, float_variables, None, "test")
+    everything_float = {layer.path: Bits(32, 32) for layer in table.layers}
+    rows = [_row("float", table, [(loss, accuracy)], [everything_float], as_float=True)]
+    for name, group in contestants:
+        measured = [_evaluated(run, v, p, "test") for v, p in zip(trained[name], group, strict=True)]
+        rows.append(_row(name, table, measured, group))
     made = report.Report(
         title=f"{config.model.name} on {config.data.name}",
-        importance=importance,
-        policies={name: policies[0] for name, policies in contestants.items()},
-        used={b.name: (costs.used(b, policy, importance.layers, importance), b.limit, b.unit) for b in budgets},
+        importance=table,
+        policies={name: group[0] for name, group in contestants},
+        used={b.name: (costs.used(b, mixed, table), b.limit, b.unit) for b in budgets},
         accuracy=rows,
-        grids=_grids(run, start_joint, importance),
-        depthwise_pairs=_depthwise_pairs(run),
-        **_indicator_tables(workdir),
-        history=None,
-        provenance=_provenance(config, policy_path),
+        grids=_grids(run.model, joint.row_variables(joint_state, 0, averaged=True), table),
+        depthwise_pairs=_depthwise_pairs(run.model),
+        provenance=_provenance(config, workdir, policy_path),
+        **_indicators(workdir),
     )
     path = report.write(made, workdir)
-    write_json(
-        workdir / "results.json",
-        {"format": "mpq-results", "version": 1, "rows": [row._asdict() for row in rows]},
-    )
+    results = [row._asdict() for row in rows]
+    write_json(workdir / "results.json", {"format": "mpq-results", "version": 1, "rows": results})
     print(report.terminal_table(made))
     print(f"report: {path}")
     return path
+
+
+def _compared(table: Importance, budgets: Sequence[Budget], config: Config) -> list[Contestant]:
+    """The best uniform policy that fits, and random ones within 2 % of the budget."""
+    found: list[Contestant] = []
+    uniform = best_uniform(table, budgets)
+    if uniform is not None:
+        found.append((f"uniform {uniform[0]}", [uniform[1]]))
+    others = random_policies(table, budgets, config.finetune.random_policies, seed=config.seed)
+    if others:
+        found.append(("random", others))
+    return found
+
+
+def _finetuned(run: stages.Run, chosen: Policy, joint_state: joint.TrainState, float_variables: Any) -> Any:
+    """The policy's variables after fine-tuning, from the joint model or from float with step sizes started anew."""
+    if run.config.finetune.start == "joint":
+        # Of the rows, the last saw mixed policies: its statistics and its own affine copies are the nearest.
+        start = joint.row_variables(joint_state, -1, averaged=True)
+    elif run.config.finetune.start == "float":
+        start = stages.calibrated(run, float_variables)
+    else:
+        raise Refusal(f'finetune.start {run.config.finetune.start!r} is not known; choose "joint" or "float"')
+    settings = json.dumps(run.config.finetune.__dict__, sort_keys=True)
+    bits = json.dumps({path: list(b) for path, b in chosen.items()}, sort_keys=True)
+    name = hashlib.sha256((settings + bits).encode()).hexdigest()[:12]
+    return stages.finetune(run, name, chosen, start, float_variables)
+
+
+def _evaluated(run: stages.Run, variables: Any, chosen: Policy | None, split: str) -> tuple[float, float]:
+    policies = None if chosen is None else policy.stack([chosen])
+    losses, accuracies = stages.evaluate(run, variables["params"], stages.rows_of(variables, 1), policies, split)
+    return float(losses[0]), float(accuracies[0])
+
+
+def _row(name: str, table: Importance, measured, group: Sequence[Policy], as_float: bool = False) -> report.AccuracyRow:
+    losses, accuracies = np.array(measured).T
+    layers = [layer._replace(bits=None) if as_float else layer for layer in table.layers]
+    return report.AccuracyRow(
+        name=name if len(group) == 1 else f"{name} (mean of {len(group)})",
+        accuracy=float(accuracies.mean()),
+        accuracy_std=float(accuracies.std(ddof=1)) if len(group) > 1 else None,
+        count=len(group),
+        loss=float(losses.mean()),
+        bitops=round(np.mean([costs.bitops(layers, p) for p in group])),
+        size_bytes=round(np.mean([costs.size(layers, p) for p in group])),
+    )
+
+
+# ---- what the figures show ----------------------------------------------------------------------------------------
+
+
+def _grids(model: QuantizedModel, variables: Mapping[str, Any], table: Importance) -> list[report.Grid]:
+    """The narrowest and the widest searched layer at the same width, as in the paper's figure 1."""
+    searched = sorted((layer for layer in table.layers if layer.searched), key=lambda layer: layer.params)
+    middle = sorted(table.bit_widths)[len(table.bit_widths) // 2]
+    grids = []
+    for layer in (searched[0], searched[-1]) if len(searched) > 1 else searched:
+        spec = next(s for s in model.specs.values() if layer.path in s.paths)
+        bits = min(spec.weight_bit_widths, key=lambda b: abs(b - middle))
+        flat = flax_seam.flatten(variables["params"])
+        position = np.unravel_index(spec.paths.index(layer.path), spec.stack) if spec.stack else ()
+        values = {
+            path[len(spec.names["weight"]) :]: at_bits(leaf[position], spec.weight_bit_widths, jnp.int32(bits))
+            for path, leaf in flat.items()
+            if path.startswith(spec.names["weight"])
+        }
+        kernel = flat[spec.leaf][position]
+        if any(v.ndim for v in values.values()):
+            continue  # one grid per output channel has no one picture
+        codes = model.quantizer.weight.encode(kernel, values, jnp.int32(bits), True)
+        step_size = float(model.quantizer.weight.indicator(values, jnp.int32(bits), True))
+        grids.append(report.Grid(layer.path, bits, step_size, np.ravel(kernel), np.ravel(codes)))
+    return grids
+
+
+def _depthwise_pairs(model: QuantizedModel) -> list[tuple[str, str]]:
+    """Each searched depthwise layer with the layer that follows it, as in the paper's figure 2."""
+    kinds = {path: spec.kind for spec in model.specs.values() for path in spec.paths}
+    searched = [layer.path for layer in model.layers if layer.searched]
+    return [
+        (a, b)
+        for a, b in zip(searched, searched[1:], strict=False)
+        if kinds[a] == "depthwise" and kinds[b] != "depthwise"
+    ]
+
+
+def _indicators(workdir: Path) -> dict[str, Any]:
+    path = workdir / "indicators.json"
+    if not path.exists():
+        return {"indicators": None, "initial": None, "outliers": []}
+    saved = read_json(path, "mpq-indicators", 1, importance.MADE_BY)
+    return {
+        "indicators": saved["learned"],
+        "initial": saved["initial"],
+        "outliers": [tuple(outlier) for outlier in saved["outliers"]],
+    }
+
+
+def _provenance(config: Config, workdir: Path, policy_path: Path) -> dict[str, str]:
+    packages = ("jax", "jaxlib", "flax", "optax", "cvxpy", "highspy", "tensorflow-datasets", "grain")
+    return {
+        "mpq_jax": __version__,
+        "Python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "device": f"{jax.devices()[0].platform} x {jax.device_count()}",
+        "seed": str(config.seed),
+        "importance.json (SHA-256)": importance.sha256(workdir / "importance.json"),
+        "policy (SHA-256)": importance.sha256(policy_path),
+    }

@@ -8,9 +8,9 @@ from mpq_jax.files import read_json, write_json
 from mpq_jax.types import Refusal
 
 # What float and joint training depend on; fine-tuning may be repeated with other settings.
-_LEARNING = ("seed", "data", "model", "quantize", "pretrain", "joint", "checkpoint_every", "statistics_batches")
+_LEARNING = ("seed", "data", "model", "quantize", "pretrain", "joint")
 # These change how a run goes, not what comes out of it.
-_FREE = ("data.data_dir", "data.workers", "joint.rows_at_a_time", "checkpoint_every")
+_FREE = ("data.data_dir", "data.workers", "joint.rows_at_a_time")
 
 
 def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> None:

@@ -1,0 +1,116 @@
+"""Config files, overrides and run folders: what is taken, and what is refused in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpq_jax import Bits, Refusal, rules, workdir
+from mpq_jax import config as config_lib
+
+CONFIGS = sorted(Path("configs").glob("*.py"))
+WANTED = {"digits", "fashion_mnist_resnet8", "fashion_mnist_mobilenetv1", "cifar10_resnet20"}
+WANTED |= {f"imagenet_{name}" for name in ("resnet18", "resnet50", "mobilenetv1")}
+
+
+def test_all_configs_load():
+    assert {path.stem for path in CONFIGS} >= WANTED
+    for path in CONFIGS:
+        assert isinstance(config_lib.load(path), config_lib.Config)
+        assert f"configs/{path.name}" in path.read_text() or "make demo" in path.read_text()
+
+
+def test_imagenet_configs_have_the_papers_settings():
+    for name, epochs in (("resnet18", 5), ("resnet50", 3)):
+        config = config_lib.load(f"configs/imagenet_{name}.py")
+        assert config.quantize.bit_widths == (2, 3, 4, 5, 6) and config.quantize.ends == "8,8"
+        joint = config.joint
+        assert (joint.epochs, joint.learning_rate, joint.end_learning_rate) == (epochs, 0.01, 1e-5)
+        assert (joint.momentum, joint.weight_decay, joint.clip, joint.label_smoothing) == (0.9, 2.5e-5, 1.0, 0.1)
+        assert joint.weights == "trained" and joint.same_bits and joint.affine_per_row and joint.random_rows == 1
+        assert config.finetune.learning_rate == 0.04 and config.finetune.start == "float"
+
+
+def test_overrides():
+    arguments = ["--joint.steps", "7", "--quantize.bit_widths=2,4", "--data.augment", "false", "--seed=3"]
+    arguments += ["--model.options", '{"width": 0.5}', "--quantize.rules", "stem=8,8;head=float"]
+    config = config_lib.override(config_lib.Config(), arguments)
+    assert config.joint.steps == 7 and config.quantize.bit_widths == (2, 4) and config.seed == 3
+    assert config.data.augment is False and config.model.options == {"width": 0.5}
+    assert config.quantize.rules == ("stem=8,8", "head=float")
+    again = config_lib.to_json(config)
+    assert again["joint"]["steps"] == 7 and json.dumps(again)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--joint.stepz", "7"], "nearest is --joint.steps"),
+        (["--joint.steps", "many"], "takes an integer"),
+        (["--joint.steps"], "needs a value"),
+        (["--data.augment", "maybe"], "true or false"),
+        (["--quantize.bit_widths", "two"], "list such as"),
+        (["--model.options", "[1]"], "JSON object"),
+        (["joint.steps"], "stands alone"),
+        (["--pretrain.learning_rate", "fast"], "takes a number"),
+    ],
+)
+def test_refused_overrides(arguments, words):
+    with pytest.raises(Refusal, match=words):
+        config_lib.override(config_lib.Config(), arguments)
+
+
+@pytest.mark.parametrize("text, words", [("config = 3", "must define"), ("1 / 0", "ZeroDivisionError")])
+def test_refused_files(tmp_path, text, words):
+    path = tmp_path / "c.py"
+    path.write_text(text)
+    with pytest.raises(Refusal, match=words):
+        config_lib.load(path)
+    with pytest.raises(Refusal, match="does not exist"):
+        config_lib.load(tmp_path / "other.py")
+
+
+def test_help_lists_every_option():
+    out = subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(f"--{key} " in out for key in config_lib.options(config_lib.Config()))
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("float", "float"),
+        ("8,8", Bits(8, 8)),
+        ("w2/4/8,a4/8", rules.Candidates((2, 4, 8), (4, 8))),
+        ((3, 4), Bits(3, 4)),
+        (((2, 3), (4,)), rules.Candidates((2, 3), (4,))),
+    ],
+)
+def test_rule_values(text, value):
+    assert rules.parse_value(text) == value
+
+
+def test_first_rule_wins():
+    ordered = [("a/b", 1), ("a", 2), ("", 3)]
+    assert [rules.first_match(ordered, path) for path in ("a/b", "a/c", "z")] == [1, 2, 3]
+    assert rules.first_match(ordered[:2], "z") is None
+
+
+def test_workdir_of_another_run(tmp_path):
+    config = config_lib.Config()
+    with pytest.raises(Refusal, match="train first"):
+        workdir.claim(tmp_path / "run", config, finetuning=True)
+    workdir.claim(tmp_path / "run", config, finetuning=False)
+    workdir.claim(tmp_path / "run", config, finetuning=False)
+    free = config_lib.override(config, ["--joint.rows_at_a_time", "2", "--finetune.steps", "9", "--log_every", "5"])
+    workdir.claim(tmp_path / "run", free, finetuning=True)
+    other = config_lib.override(config, ["--joint.steps", "9"])
+    with pytest.raises(Refusal, match=r"joint.steps is 300 there, 9 now"):
+        workdir.claim(tmp_path / "run", other, finetuning=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refusal, match="is a file"):
+        workdir.claim(tmp_path / "file", config, finetuning=False)
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(Refusal, match="not whole JSON"):
+        workdir.claim(tmp_path / "run", config, finetuning=False)

@@ -1,0 +1,180 @@
+"""End to end on digits: train, search, fine-tune, report; interrupted and resumed; and what goes wrong on purpose."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import search
+import train
+from mpq_jax import stages
+from mpq_jax.criteria.learned import RowLog, fit_alpha
+from mpq_jax.importance import load_importance
+from mpq_jax.types import Importance, Layer
+
+CONFIG = """
+from mpq_jax.config import *
+config = Config(
+    data=Data(name="digits", augment=False, data_dir={data!r}),
+    model=Model(name="resnet8", options={{"width": 0.25}}),
+    quantize=Quantize(bit_widths=(2, 4)),
+    pretrain=Pretrain(steps=8, batch_size=32, warmup_steps=2),
+    joint=Joint(steps=6, batch_size=16),
+    finetune=Finetune(steps=4, batch_size=16, random_policies=2),
+    eval_batch_size=355,
+    statistics_batches=2,
+    checkpoint_every=2,
+    log_every=2,
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the config, and one whole run in it."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "tiny.py").write_text(CONFIG.format(data=str(root / "data")))
+    assert train.main(["--config", str(root / "tiny.py"), "--workdir", str(root / "run")]) == 0
+    return root
+
+
+def arguments(place, run, *more):
+    return ["--config", str(place / "tiny.py"), "--workdir", str(place / run), *more]
+
+
+def test_interrupted_and_resumed_is_the_same(place, monkeypatch):
+    """Stopped in the middle of joint training, the run ends with the same files, to the last byte."""
+    real = stages.data.train_batches
+    served = []
+
+    def stopping(*args, **kwargs):
+        for batch in real(*args, **kwargs):
+            served.append(1)
+            if len(served) == 8 + 1 + 5:  # float training, calibration, five joint steps: one past a checkpoint
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(stages.data, "train_batches", stopping)
+    assert train.main(arguments(place, "stopped")) == 130
+    assert not (place / "stopped" / "importance.json").exists()
+    monkeypatch.setattr(stages.data, "train_batches", real)
+    assert train.main(arguments(place, "stopped")) == 0
+    for name in ("importance.json", "indicators.json"):
+        assert (place / "stopped" / name).read_bytes() == (place / "run" / name).read_bytes()
+    logs = [np.load(place / run / "joint" / "random_rows.npz") for run in ("run", "stopped")]
+    for key in logs[0].files:
+        np.testing.assert_array_equal(logs[0][key], logs[1][key])
+    assert logs[0]["step"].tolist() == [0, 1, 2, 3, 4, 5] and logs[0]["assignment"].shape == (6, 8, 2)
+    assert set(np.unique(logs[0]["assignment"])) == {2, 4}
+
+
+def test_search_and_finetune(place, capsys):
+    """The policy keeps its budget; the report compares float, uniform, random and mixed, and its numbers agree."""
+    run = place / "run"
+    assert search.main(["--workdir", str(run), "--budget", "bitops=W3A3"]) == 0
+    policy = json.loads((run / "policy.json").read_text())
+    assert policy["status"] == "optimal"
+    assert policy["budgets"]["bitops"]["used"] <= policy["budgets"]["bitops"]["limit"]
+    capsys.readouterr()
+    assert train.main(arguments(place, "run", "--policy", str(run / "policy.json"))) == 0
+    shown = capsys.readouterr().out
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    names = [row["name"] for row in rows]
+    assert names[0] == "float" and names[-1] == "mixed" and any(n.startswith("uniform W") for n in names)
+    assert "random (mean of 2)" in names and all(name in shown for name in names)
+    table = load_importance(run / "importance.json")
+    bits = policy["bits"]
+    by_hand = sum(layer.macs * bits[layer.path][0] * bits[layer.path][1] for layer in table.layers)
+    assert rows[-1]["bitops"] == by_hand == policy["budgets"]["bitops"]["used"]
+    assert rows[0]["bitops"] == sum(layer.macs for layer in table.layers) * 1024
+    assert all(0 <= row["accuracy"] <= 1 and np.isfinite(row["loss"]) for row in rows)
+    report = (run / "report.md").read_text()
+    assert "mixed" in report and len(list((run / "figures").glob("*.png"))) >= 3
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--joint.stepz", "3"], "nearest is --joint.steps"),
+        (["--polcy", "x"], "nearest is --policy"),
+        (["--joint.steps", "7"], "another run"),
+        (["--policy", "missing.json"], "does not exist"),
+        (["--model.name", "resnet9"], "another run"),
+    ],
+)
+def test_refusals(place, capsys, more, words):
+    assert train.main(arguments(place, "run", *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--model.name", "resnet9"], "did you mean 'resnet"),
+        (["--model.name", "nowhere:factory"], "cannot be made"),
+        (["--data.name", "cifar10"], "tfds build"),
+        (["--quantize.quantizer", "lsk"], "choose one of lsq"),
+        (["--quantize.rules", "nothing=float"], "matches no layer"),
+        (["--quantize.bit_widths", "1,2"], "from 2 to 16"),
+        (["--joint.alpha", "-1"], "positive number"),
+        (["--joint.weights", "fixed"], '"still" or "trained"'),
+    ],
+)
+def test_refusals_of_a_new_run(place, tmp_path, capsys, more, words):
+    code = train.main(["--config", str(place / "tiny.py"), "--workdir", str(tmp_path / "new"), "--pretrain.steps", "1", *more])
+    error = capsys.readouterr().err
+    assert code == 2 and words in error
+    assert [line for line in error.splitlines() if line.startswith("error: ")] == error.splitlines()[-1:]
+    assert not (tmp_path / "new" / "importance.json").exists()
+
+
+def test_policy_of_another_model(place, tmp_path, capsys):
+    bits = {"format": "mpq-policy", "version": 1, "bits": {"other": [2, 2]}}
+    (tmp_path / "policy.json").write_text(json.dumps(bits))
+    assert train.main(arguments(place, "run", "--policy", str(tmp_path / "policy.json"))) == 2
+    assert "does not have" in capsys.readouterr().err
+
+
+def test_loss_that_is_not_finite_stops(place, capsys):
+    """A learning rate that explodes: row and step are named, the last good checkpoint is kept."""
+    more = ["--pretrain.learning_rate", "1e30", "--pretrain.warmup_steps", "0", "--pretrain.steps", "40"]
+    code = train.main(arguments(place, "exploded", *more))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and "row float is not finite at step" in error and "last good checkpoint" in error
+    step = int(error.split("at step ")[1].split()[0])
+    kept = sorted(int(p.name) for p in (place / "exploded" / "pretrain").iterdir() if p.name.isdigit())
+    assert all(k <= step for k in kept)
+
+
+def test_paper_recipe_and_options_run(place, tmp_path):
+    """The paper's recipe, and every option of joint training at once, run and give a finite table."""
+    more = [
+        *("--joint.weights", "trained", "--joint.step_size_optimizer", "sgd", "--joint.error_weight", "0"),
+        *("--joint.same_bits", "true", "--joint.affine_per_row", "true", "--joint.label_smoothing", "0.1"),
+        *("--joint.distill", "0.5", "--joint.average", "0.9", "--joint.accumulate", "2", "--joint.random_rows", "2"),
+        *("--quantize.per_channel", "true", "--joint.steps", "4", "--model.dtype", "bfloat16"),
+    ]
+    run = str(tmp_path / "paper")
+    assert train.main(["--config", str(place / "tiny.py"), "--workdir", run, *more]) == 0
+    table = load_importance(Path(run) / "importance.json")
+    assert np.isfinite(table.weight).all() and (table.weight > 0).all() and table.weight.shape == (8, 2)
+    log = np.load(Path(run) / "joint" / "random_rows.npz")
+    np.testing.assert_array_equal(log["assignment"][..., 0], np.where(log["assignment"][..., 0] > 2, 4, 2))
+    assert len(log["step"]) == 8
+
+
+def test_fit_alpha_finds_the_alpha_of_made_losses():
+    rng = np.random.default_rng(0)
+    widths = (2, 3, 4)
+    layers = tuple(Layer(f"l{i}", 1, 1, True) for i in range(5))
+    weight, activation = (np.sort(rng.random((5, 3)))[:, ::-1] for _ in range(2))
+    assignment = rng.integers(2, 5, (400, 5, 2))
+    rows = np.arange(5)
+    harm = activation[rows, assignment[..., 1] - 2].sum(1) + 3.0 * weight[rows, assignment[..., 0] - 2].sum(1)
+    drift = rng.normal(size=400)
+    log = RowLog(np.arange(400), assignment, (0.2 * harm + drift + 0.7).astype(np.float32), drift.astype(np.float32))
+    table = Importance("learned", widths, widths, layers, weight, activation)
+    assert abs(np.log(fit_alpha(table, log) / 3.0)) < 0.1
+    assert fit_alpha(table, log._replace(**{k: getattr(log, k)[:4] for k in log._fields})) == 1.0

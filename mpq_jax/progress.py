@@ -15,6 +15,7 @@ class Bar:
     def __init__(self, iterable: Iterable[Any], total: int, label: str, stream: TextIO, every: float):
         self._iterable, self._total, self._label, self._stream = iterable, total, label, stream
         self._every, self._said, self._done, self._text = every, time.monotonic(), 0, ""
+        self._said_at = 0
         self._tqdm = tqdm(total=total, desc=label, file=stream, dynamic_ncols=True) if stream.isatty() else None
 
     def __iter__(self) -> Iterator[Any]:
@@ -35,11 +36,11 @@ class Bar:
     def close(self) -> None:
         if self._tqdm is not None:
             self._tqdm.close()
-        elif self._done:
+        elif self._done > self._said_at:
             self._say()
 
     def _say(self) -> None:
-        self._said = time.monotonic()
+        self._said, self._said_at = time.monotonic(), self._done
         print(f"{self._label} {self._done}/{self._total} {self._text}".rstrip(), file=self._stream, flush=True)
 
 

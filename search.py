@@ -1,9 +1,9 @@
 """Finds the best bit-widths under budgets, and proves it. `python search.py --help` lists every option.
 
-  python search.py --budget bitops=W3A4                              the newest run under runs/
-  python search.py --workdir runs/digits --budget bitops=W3A4 --budget size=12.2x
-  python search.py --importance importance.json --budget bitops=55.3G
-  python search.py --config configs/digits.py --describe [--json]
+python search.py --budget bitops=W3A4                              the newest run under runs/
+python search.py --workdir runs/digits --budget bitops=W3A4 --budget size=12.2x
+python search.py --importance importance.json --budget bitops=55.3G
+python search.py --config configs/digits.py --describe [--json]
 """
 
 import argparse
@@ -16,9 +16,20 @@ from pathlib import Path
 
 from mpq_jax.types import Refusal
 
-OPTIONS = (
-    "--budget --workdir --importance --alpha --out --latency --time-limit --random --config --describe --json --help"
-).split()
+OPTIONS = [
+    "--budget",
+    "--workdir",
+    "--importance",
+    "--alpha",
+    "--out",
+    "--latency",
+    "--time-limit",
+    "--random",
+    "--config",
+    "--describe",
+    "--json",
+    "--help",
+]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,7 +41,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Arguments; refuses what can be refused before CVXPY or JAX is imported."""
     parser = _Parser(prog="search.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--budget", action="append", default=[], help="bitops=W3A4 | 55.3G | 76x; size=W3 | 8MB | 12.2x; latency=3ms; repeatable")
+    add(
+        "--budget",
+        action="append",
+        default=[],
+        help="bitops=W3A4 | 55.3G | 76x; size=W3 | 8MB | 12.2x; latency=3ms; repeatable",
+    )
     add("--workdir", type=Path, help="a run; default: the newest under runs/")
     add("--importance", type=Path, help="an importance.json of any origin, in place of a run")
     add("--alpha", default="auto", help="factor of the weights' table, or auto: the fitted one (default)")
@@ -93,7 +109,9 @@ def search(arguments: argparse.Namespace) -> None:
             print(f"run: {workdir} (the newest)")
         path = workdir / "importance.json"
         if not path.exists():
-            raise Refusal(f"{path} does not exist; finish joint training with: python train.py --config … --workdir {workdir}")
+            raise Refusal(
+                f"{path} does not exist; finish joint training with: python train.py --config … --workdir {workdir}"
+            )
     elif arguments.workdir is not None:
         raise Refusal("--workdir and --importance both name a table; give one of them")
     importance = importances.load_importance(path)
@@ -106,7 +124,13 @@ def search(arguments: argparse.Namespace) -> None:
         print(f"repaired: {kind} importance of {layer} at {bits} bits lay below that of more bits")
     alpha = None if arguments.alpha == "auto" else float(arguments.alpha)
     if importance.pair is None:
-        source = "as given" if alpha is not None else "fitted in training" if importance.alpha is not None else "1: the file has none"
+        source = (
+            "as given"
+            if alpha is not None
+            else "fitted in training"
+            if importance.alpha is not None
+            else "1: the file has none"
+        )
         print(f"alpha: {alpha or importance.alpha or 1.0:g} ({source})")
     elif alpha is not None:
         raise Refusal(f"{path} holds a pair table, which has no alpha; leave --alpha out")

@@ -1,8 +1,8 @@
 """Trains: float, then joint; with --policy, fine-tunes and reports. `python train.py --help` lists every option.
 
-  python train.py --config configs/digits.py --workdir runs/digits
-  python search.py --workdir runs/digits --budget bitops=W3A3
-  python train.py --config configs/digits.py --workdir runs/digits --policy runs/digits/policy.json
+python train.py --config configs/digits.py --workdir runs/digits
+python search.py --workdir runs/digits --budget bitops=W3A3
+python train.py --config configs/digits.py --workdir runs/digits --policy runs/digits/policy.json
 """
 
 import argparse

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import made_data
+
 import train
 from mpq_jax import build, joint, stages
 from mpq_jax import config as config_lib

@@ -83,7 +83,9 @@ def main() -> None:
     medians = {name: float(np.median(t)) for name, t in times.items()}
     print(f"{arguments.model}, batch {arguments.batch}, {rows} rows, {jax.devices()[0].platform}")
     for name, t in times.items():
-        print(f"  {name:48} {1e3 * medians[name]:8.1f} ms ({1e3 * min(t):.1f} to {1e3 * max(t):.1f}), first call {compile_seconds[name]:.1f} s")
+        print(
+            f"  {name:48} {1e3 * medians[name]:8.1f} ms ({1e3 * min(t):.1f} to {1e3 * max(t):.1f}), first call {compile_seconds[name]:.1f} s"
+        )
     floats = rows * min(medians["float step, our kernels"], medians["float step, XLA's kernels"])
     for name in medians:
         if name.startswith("joint"):

@@ -1,7 +1,7 @@
 """CIFAR-10, ResNet-20. Not run in full here: its data set was not at hand.
 
-  python train.py  --config configs/cifar10_resnet20.py --workdir runs/cifar10_resnet20
-  python search.py --workdir runs/cifar10_resnet20 --budget bitops=W3A3
+python train.py  --config configs/cifar10_resnet20.py --workdir runs/cifar10_resnet20
+python search.py --workdir runs/cifar10_resnet20 --budget bitops=W3A3
 """
 
 from mpq_jax.config import Config, Data, Finetune, Joint, Model, Pretrain

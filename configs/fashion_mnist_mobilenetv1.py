@@ -1,7 +1,7 @@
 """Fashion-MNIST, MobileNetV1 of width 0.25, strides for small images.
 
-  python train.py  --config configs/fashion_mnist_mobilenetv1.py --workdir runs/fashion_mobilenetv1
-  python search.py --workdir runs/fashion_mobilenetv1 --budget bitops=W3A3
+python train.py  --config configs/fashion_mnist_mobilenetv1.py --workdir runs/fashion_mobilenetv1
+python search.py --workdir runs/fashion_mobilenetv1 --budget bitops=W3A3
 """
 
 from mpq_jax.config import Config, Data, Finetune, Joint, Model, Pretrain

@@ -1,8 +1,8 @@
 """Fashion-MNIST, ResNet-8 (77,072 kernel weights).
 
-  python train.py  --config configs/fashion_mnist_resnet8.py --workdir runs/fashion_resnet8
-  python search.py --workdir runs/fashion_resnet8 --budget bitops=W3A3
-  python train.py  --config configs/fashion_mnist_resnet8.py --workdir runs/fashion_resnet8 --policy runs/fashion_resnet8/policy.json
+python train.py  --config configs/fashion_mnist_resnet8.py --workdir runs/fashion_resnet8
+python search.py --workdir runs/fashion_resnet8 --budget bitops=W3A3
+python train.py  --config configs/fashion_mnist_resnet8.py --workdir runs/fashion_resnet8 --policy runs/fashion_resnet8/policy.json
 """
 
 from mpq_jax.config import Config, Data, Finetune, Joint, Model, Pretrain

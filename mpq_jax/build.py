@@ -75,11 +75,12 @@ def rules(config: Config) -> Rules:
 def quantized(config: Config, num_classes: int, image_shape: tuple[int, int, int]) -> QuantizedModel:
     """The config's model, quantized as it says. Only shapes are computed."""
     settings = config.quantize
-    ends = None
+    ends: Bits | None = None
     if settings.ends != "searched":
-        ends = parse_value(settings.ends)
-        if not isinstance(ends, Bits):
+        parsed = parse_value(settings.ends)
+        if not isinstance(parsed, Bits):
             raise Refusal(f'quantize.ends {settings.ends!r} must be bits such as "8,8", or "searched"')
+        ends = parsed
     return quantize(
         float_model(config, num_classes),
         jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
@@ -119,7 +120,7 @@ def layer_table(config: Config) -> tuple[Layer, ...]:
 
 
 def uniform_name(bits: int) -> str:
-    """"W3A3"."""
+    """ "W3A3"."""
     return f"W{bits}A{bits}"
 
 

@@ -99,8 +99,9 @@ def _size_limit(text: str, layers: Sequence[Layer]) -> int | None:
 
 def _latency_limit(text: str, layers: Sequence[Layer]) -> float | None:
     del layers
+    per_ms = {"ns": Fraction(1, 10**6), "us": Fraction(1, 10**3), "ms": Fraction(1), "s": Fraction(1000)}
     found = re.fullmatch(_NUMBER + r"(ns|us|ms|s)", text)
-    return float(Fraction(found[1]) * {"ns": Fraction(1, 10**6), "us": Fraction(1, 10**3), "ms": 1, "s": 1000}[found[2]]) if found else None
+    return float(Fraction(found[1]) * per_ms[found[2]]) if found else None
 
 
 def _kinds(latency: Latency | None) -> dict[str, _Kind]:
@@ -138,7 +139,8 @@ def parse_budgets(
     """
     if not texts:
         raise Refusal(f"no budget given; write --budget {EXAMPLES['bitops']}")
-    kinds, budgets = _kinds(latency), []
+    kinds = _kinds(latency)
+    budgets: list[Budget] = []
     for text in texts:
         check_text(text)
         name, _, value = text.partition("=")
@@ -158,7 +160,15 @@ def restore_budgets(limits: Mapping[str, int | float], importance: Importance) -
     """The budgets of a saved policy, from their limits (a latency budget needs its table and is left out)."""
     kinds = _kinds(None)
     return [
-        _budget(name, f"{name}={limit}", kinds[name], limit, importance.layers, importance.bit_widths, importance.activation_bit_widths)
+        _budget(
+            name,
+            f"{name}={limit}",
+            kinds[name],
+            limit,
+            importance.layers,
+            importance.bit_widths,
+            importance.activation_bit_widths,
+        )
         for name, limit in limits.items()
         if name in kinds
     ]
@@ -201,7 +211,7 @@ def load_latency(path: str | Path) -> Latency:
         for key, milliseconds in entries.items() if isinstance(entries, dict) else [("", None)]:
             found = re.fullmatch(r"(\d+),(\d+)", key)
             number = isinstance(milliseconds, (int, float)) and not isinstance(milliseconds, bool)
-            if not found or not number or not 0 <= milliseconds < float("inf"):
+            if not found or milliseconds is None or not number or not 0 <= milliseconds < float("inf"):
                 raise Refusal(
                     f'{path}, layer {layer!r}: {json.dumps(key)}: {milliseconds!r} is not "weight bits,activation bits": ms'
                 )
@@ -255,7 +265,7 @@ def describe_text(layers: Sequence[Layer]) -> str:
 
 
 def human(value: int | float, unit: str) -> str:
-    """"55.31 G" BitOps, "1.24 MB", "3.20 ms"."""
+    """ "55.31 G" BitOps, "1.24 MB", "3.20 ms"."""
     if unit == "bytes":
         for size_unit, factor in (("MB", 2**20), ("KB", 2**10)):
             if value >= factor:

@@ -133,6 +133,3 @@ def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
         )
 
     return [leaf for leaf, a in zip(leaves, is_array, strict=True) if a], rebuild
-
-
-

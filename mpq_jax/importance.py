@@ -198,7 +198,11 @@ def total(importance: Importance, policy: Policy, alpha: float | None = None) ->
     table = combined(importance, alpha)
     searched = [layer for layer in importance.layers if layer.searched]
     return math.fsum(
-        table[row, importance.bit_widths.index(policy[ly.path].w), importance.activation_bit_widths.index(policy[ly.path].a)]
+        table[
+            row,
+            importance.bit_widths.index(policy[ly.path].w),
+            importance.activation_bit_widths.index(policy[ly.path].a),
+        ]
         for row, ly in enumerate(searched)
     )
 
@@ -211,11 +215,16 @@ def reversed_importance(importance: Importance) -> Importance:
     order = np.argsort(combined(importance).mean(axis=(1, 2)), kind="stable")
     source = np.empty_like(order)
     source[order] = order[::-1]
-    moved = {
-        name: None if (table := getattr(importance, name)) is None else table[source]
-        for name in ("weight", "activation", "pair")
-    }
-    return importance._replace(criterion=f"{importance.criterion} reversed", **moved)
+
+    def moved(table: np.ndarray | None) -> np.ndarray | None:
+        return None if table is None else table[source]
+
+    return importance._replace(
+        criterion=f"{importance.criterion} reversed",
+        weight=moved(importance.weight),
+        activation=moved(importance.activation),
+        pair=moved(importance.pair),
+    )
 
 
 def repair(importance: Importance) -> tuple[Importance, list[Outlier]]:

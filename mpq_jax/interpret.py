@@ -49,7 +49,7 @@ class Call(NamedTuple):
     channel_axes: axes of the weight operand that are output channels.
     scans: lengths of the surrounding scans, outermost first.
     stack: which of them slice the leaf: a stack of layers. The others run the same layer again.
-    index: how many calls of this leaf came before it in the walk.
+    number: how many calls of this leaf came before it in the walk.
     where: the module path (name stack), for messages.
     """
 
@@ -61,7 +61,7 @@ class Call(NamedTuple):
     activation: Origin
     scans: tuple[int, ...]
     stack: tuple[int, ...]
-    index: int
+    number: int
     where: str
     macs: int
 
@@ -170,9 +170,7 @@ def _bind(eqn: Any, ins: list[Any]) -> list[Any]:
     """The equation itself, evaluated as a jaxpr of one equation: JAX's public way to keep its derivative rules."""
     given = {v: x for v, x in zip(eqn.invars, ins, strict=True) if not isinstance(v, core.Literal)}
     outvars = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
-    names = core.DebugInfo(
-        "interpret", eqn.primitive.name, tuple("" for _ in given), tuple("" for _ in outvars)
-    )
+    names = core.DebugInfo("interpret", eqn.primitive.name, tuple("" for _ in given), tuple("" for _ in outvars))
     jaxpr = core.Jaxpr([], list(given), outvars, [eqn], eqn.effects, names)
     outs = iter(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))(*given.values()))
     return [None if isinstance(v, core.DropVar) else next(outs) for v in eqn.outvars]
@@ -221,8 +219,8 @@ def _contraction(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], v
     side = 0 if lhs.is_weight else 1
     weight, activation = origins[side], origins[1 - side]
     leaf = max(weight.leaves, key=lambda path: walk.sizes[path])
-    index = walk.calls.get(leaf, 0)
-    walk.calls[leaf] = index + 1
+    number = walk.calls.get(leaf, 0)
+    walk.calls[leaf] = number + 1
     call = Call(
         leaf=leaf,
         primitive=eqn.primitive.name,
@@ -232,12 +230,12 @@ def _contraction(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], v
         activation=activation,
         scans=walk.scans,
         stack=weight.stack,
-        index=index,
+        number=number,
         where=_where(eqn),
         macs=macs,
     )
     out, tap = walk.handler(call, ins[0], ins[1], values.get(leaf))
-    return [out], out_origin, ({} if tap is None else {(leaf, index): tap})
+    return [out], out_origin, ({} if tap is None else {(leaf, number): tap})
 
 
 def contraction_macs(name: str, params: dict[str, Any], lhs: Any, rhs: Any, out: Any) -> int:

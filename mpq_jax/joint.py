@@ -141,7 +141,10 @@ def _draw(key: jax.Array, candidates: Sequence[int], rows: int) -> jax.Array:
 
 def concatenate(*stacks: Mapping[str, Bits]) -> dict[str, Bits]:
     """Stacks of policies, one after the other along the row axis."""
-    return {path: Bits(*(jnp.concatenate(parts) for parts in zip(*(s[path] for s in stacks), strict=True))) for path in stacks[0]}
+    return {
+        path: Bits(*(jnp.concatenate(parts) for parts in zip(*(s[path] for s in stacks), strict=True)))
+        for path in stacks[0]
+    }
 
 
 def assignment_array(policies: Mapping[str, Bits], layers: Sequence[Layer]) -> jax.Array:
@@ -285,15 +288,15 @@ def make_step(
     def draw(key):
         if sample is not None:
             return sample(key)
-        return random_rows(
-            key, model.layers, model.bit_widths, model.activation_bit_widths, random, same_bits
-        )
+        return random_rows(key, model.layers, model.bit_widths, model.activation_bit_widths, random, same_bits)
 
     def gradients(state, policies, batch, rngs):
         def loss(trained, rows, policies):
             params, affine = trained
             rows = {**rows, "affine": affine}
-            return joint_loss(model, task, params, rows, policies, batch, rngs=rngs, distill=distill, error_weight=error_weight)
+            return joint_loss(
+                model, task, params, rows, policies, batch, rngs=rngs, distill=distill, error_weight=error_weight
+            )
 
         return _accumulated(loss, state, policies, rows_at_a_time)
 

@@ -39,7 +39,7 @@ def _plain(primitive: str, params: dict[str, Any]) -> Callable[..., jax.Array]:
     if primitive == "dot_general":
         keep = ("dimension_numbers", "precision", "preferred_element_type")
         return functools.partial(lax.dot_general, **{k: params[k] for k in keep})
-    keep = (
+    fields = (
         "window_strides",
         "padding",
         "lhs_dilation",
@@ -50,7 +50,7 @@ def _plain(primitive: str, params: dict[str, Any]) -> Callable[..., jax.Array]:
         "precision",
         "preferred_element_type",
     )
-    return functools.partial(lax.conv_general_dilated, **{k: params[k] for k in keep})
+    return functools.partial(lax.conv_general_dilated, **{k: params[k] for k in fields})
 
 
 def _rows_one_by_one(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

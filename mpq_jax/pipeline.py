@@ -1,6 +1,7 @@
 """What the commands do: `learn` (float and joint training, importance) and `finish` (fine-tuning and the report)."""
 
 import hashlib
+import itertools
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -130,7 +131,7 @@ def _finetuned(run: stages.Run, chosen: Policy, joint_state: joint.TrainState, f
     """The policy's variables after fine-tuning, from the joint model or from float with step sizes started anew."""
     if run.config.finetune.start == "joint":
         # Of the rows, the last saw mixed policies: its statistics and its own affine copies are the nearest.
-        start = joint.row_variables(joint_state, -1, averaged=True)
+        start: Mapping[str, Any] = joint.row_variables(joint_state, -1, averaged=True)
     elif run.config.finetune.start == "float":
         start = stages.calibrated(run, float_variables)
     else:
@@ -154,7 +155,7 @@ def _row(name: str, table: Importance, measured, group: Sequence[Policy], as_flo
         name=name if len(group) == 1 else f"{name} (mean of {len(group)})",
         accuracy=float(accuracies.mean()),
         accuracy_std=float(accuracies.std(ddof=1)) if len(group) > 1 else None,
-        count=len(group),
+        runs=len(group),
         loss=float(losses.mean()),
         bitops=round(np.mean([costs.bitops(layers, p) for p in group])),
         size_bytes=round(np.mean([costs.size(layers, p) for p in group])),
@@ -192,11 +193,7 @@ def _depthwise_pairs(model: QuantizedModel) -> list[tuple[str, str]]:
     """Each searched depthwise layer with the layer that follows it, as in the paper's figure 2."""
     kinds = {path: spec.kind for spec in model.specs.values() for path in spec.paths}
     searched = [layer.path for layer in model.layers if layer.searched]
-    return [
-        (a, b)
-        for a, b in zip(searched, searched[1:], strict=False)
-        if kinds[a] == "depthwise" and kinds[b] != "depthwise"
-    ]
+    return [(a, b) for a, b in itertools.pairwise(searched) if kinds[a] == "depthwise" and kinds[b] != "depthwise"]
 
 
 def _indicators(workdir: Path) -> dict[str, Any]:

@@ -74,20 +74,24 @@ def tied_candidates(layers: Sequence[Layer], activation_bit_widths: Sequence[int
     result = {}
     for layer in layers:
         if layer.searched:
-            own = tuple(layer.activation_bit_widths or activation_bit_widths)
+            candidates = tuple(layer.activation_bit_widths or activation_bit_widths)
             if layer.tied is not None:
-                own = tuple(b for b in own if b in groups[layer.tied])
-                if not own:
+                candidates = tuple(b for b in candidates if b in groups[layer.tied])
+                if not candidates:
                     raise Refusal(
                         f"layer {layer.path!r} reads the same tensor as others (tied {layer.tied!r}) but they allow no "
                         "activation bits in common; give them common candidates, or untie them"
                     )
-            result[layer.path] = own
+            result[layer.path] = candidates
     return result
 
 
 def validate(
-    policy: Policy, layers: Sequence[Layer], bit_widths: Sequence[int], activation_bit_widths: Sequence[int], source: str
+    policy: Policy,
+    layers: Sequence[Layer],
+    bit_widths: Sequence[int],
+    activation_bit_widths: Sequence[int],
+    source: str,
 ) -> None:
     """Raises Refusal, naming the layer, unless the policy gives every layer allowed bits and no other layer any.
 
@@ -98,7 +102,9 @@ def validate(
         if path not in table:
             near = difflib.get_close_matches(path, table, n=1)
             hint = f" (the nearest is {near[0]!r})" if near else ""
-            raise Refusal(f"{source} names layer {path!r}, which this model does not have{hint}; is it another model's?")
+            raise Refusal(
+                f"{source} names layer {path!r}, which this model does not have{hint}; is it another model's?"
+            )
     tied: dict[str, tuple[str, int]] = {}
     for layer in layers:
         bits = policy.get(layer.path)
@@ -166,7 +172,9 @@ def load_policy(
 
 def _bits(path: str | Path, name: str, entry: Any) -> Bits:
     if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list):
-        raise Refusal(f"{path} gives layer {name!r} weight bits per output channel; one number a layer is possible here")
+        raise Refusal(
+            f"{path} gives layer {name!r} weight bits per output channel; one number a layer is possible here"
+        )
     if (
         not isinstance(entry, list)
         or len(entry) != 2

@@ -104,9 +104,11 @@ def quantize(
     check_rules(signed, every_path, "signed rule")
     if not allow_unreached:
         _check_reached(trace, rules)
-    choices = {path: _choice(path, every_path, rules, ends, Candidates(widths, activation_widths)) for path in every_path}
+    choices = {
+        path: _choice(path, every_path, rules, ends, Candidates(widths, activation_widths)) for path in every_path
+    }
     specs = {leaf: _spec(leaf, site, paths[leaf], choices, signed, quantizer) for leaf, site in sites.items()}
-    batch = inputs[0].shape[0] if inputs and getattr(inputs[0], "ndim", len(getattr(inputs[0], "shape", ()))) else 1
+    batch = inputs[0].shape[0] if inputs and len(getattr(inputs[0], "shape", ())) else 1
     layers = _layer_table(sites, specs, choices, order, batch, Candidates(widths, activation_widths), tie_activations)
     if count_products:
         layers += tuple(
@@ -190,7 +192,7 @@ def _discover(seam, shapes, inputs, kwargs) -> tuple[dict[str, _Site], Trace]:
         operands = (lhs, rhs)
         weight, activation = operands[call.weight_side], operands[1 - call.weight_side]
         out = ops.contract(call.primitive, call.params, "plain")(lhs, rhs)
-        calls[call.leaf, call.index] = (
+        calls[call.leaf, call.number] = (
             call,
             jax.ShapeDtypeStruct(weight.shape, weight.dtype),
             activation.size,
@@ -387,9 +389,7 @@ def _stack_bits(spec: LayerSpec, policy: Policy) -> Bits:
     each = [bits_of(path, f) for path, f in zip(spec.paths, spec.in_float, strict=True)]
     if not spec.stack:
         return Bits(jnp.asarray(each[0].w, jnp.int32), jnp.asarray(each[0].a, jnp.int32))
-    return Bits(
-        *(jnp.stack([jnp.asarray(b[k], jnp.int32) for b in each]).reshape(spec.stack) for k in range(2))
-    )
+    return Bits(*(jnp.stack([jnp.asarray(b[k], jnp.int32) for b in each]).reshape(spec.stack) for k in range(2)))
 
 
 def _broadcast(value: jax.Array, weight: jax.Array, channel_axes: Sequence[int]) -> jax.Array:
@@ -473,6 +473,8 @@ def _with_leaves(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any], t
         calls = [tap for (tapped, _), tap in taps.items() if tapped == leaf]
         for kind, name in spec.names.items():
             for value in calls[0][kind] if calls else ():
-                each = [call[kind][value].mean(axis=spec.shared) if spec.shared else call[kind][value] for call in calls]
+                each = [
+                    call[kind][value].mean(axis=spec.shared) if spec.shared else call[kind][value] for call in calls
+                ]
                 flat[name + value] = sum(each) / len(each)
     return {**variables, "params": flax_seam.unflatten(flat)}

@@ -17,8 +17,8 @@ from mpq_jax import build, checkpoint, data, joint, optimizers
 from mpq_jax.config import Config, Finetune, Joint, Pretrain
 from mpq_jax.criteria.learned import RowLog
 from mpq_jax.files import whole
-from mpq_jax.progress import progress
 from mpq_jax.policy import stack
+from mpq_jax.progress import progress
 from mpq_jax.types import Bits, Policy, QuantizedModel, Refusal
 
 
@@ -233,7 +233,9 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
     state = joint.init_state(
         variables, optimizer, len(names), affine_per_row=settings.affine_per_row, average=settings.average > 0
     )
-    log = RowLogFile(run.workdir / "joint" / "random_rows.npz", len(widths), [ly.path for ly in model.layers if ly.searched])
+    log = RowLogFile(
+        run.workdir / "joint" / "random_rows.npz", len(widths), [ly.path for ly in model.layers if ly.searched]
+    )
     batches = _train_batches(run, settings.batch_size, "joint")
     recorder = Recorder(log.load, log.add, log.flush) if settings.random_rows else None
     state = train(run, "joint", state, step, steps, batches, names, recorder)
@@ -269,7 +271,8 @@ class RowLogFile:
 
     def flush(self) -> None:
         with whole(self.path) as temporary:
-            np.savez_compressed(temporary, layers=np.array(self.layers), **self._joined())
+            arrays: dict[str, Any] = {"layers": np.array(self.layers), **self._joined()}
+            np.savez_compressed(temporary, **arrays)
 
     def _joined(self) -> dict[str, np.ndarray]:
         empty = {
@@ -289,7 +292,9 @@ class RowLogFile:
 # ---- fine-tuning --------------------------------------------------------------------------------------------------
 
 
-def finetune(run: Run, name: str, policy: Policy, start: Mapping[str, Any], teacher: Mapping[str, Any]) -> Mapping[str, Any]:
+def finetune(
+    run: Run, name: str, policy: Policy, start: Mapping[str, Any], teacher: Mapping[str, Any]
+) -> Mapping[str, Any]:
     """Trains one policy from `start` (variables with step sizes); its statistics are re-estimated at the end.
 
     name: the contestant's, part of the checkpoint's path. teacher: the float variables, for distillation.
@@ -370,5 +375,9 @@ def evaluate(
     examples = 0
     for batch in data.eval_batches(run.dataset, split, run.config.eval_batch_size):
         loss, correct, count = run.evaluate(params, stats, policies, batch)
-        losses, right, examples = losses + np.asarray(loss, np.float64), right + np.asarray(correct), examples + int(count)
+        losses, right, examples = (
+            losses + np.asarray(loss, np.float64),
+            right + np.asarray(correct),
+            examples + int(count),
+        )
     return losses / examples, right / examples

@@ -119,7 +119,9 @@ def test_affine_per_row(net):
         gradient = jax.grad(loss)(variables["params"], i)["bn"]["scale"]
         expected = variables["params"]["bn"]["scale"] - 0.1 * gradient
         np.testing.assert_allclose(after.rows["affine"]["bn/scale"][i], expected, rtol=1e-3, atol=1e-6)
-        np.testing.assert_allclose(joint.row_variables(after, i)["params"]["bn"]["scale"], expected, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(
+            joint.row_variables(after, i)["params"]["bn"]["scale"], expected, rtol=1e-3, atol=1e-6
+        )
     np.testing.assert_array_equal(after.params["bn"]["scale"], variables["params"]["bn"]["scale"])
 
 
@@ -299,7 +301,9 @@ def test_golden_step(net):
     optimizer = optimizers.partition(quantized, optax.set_to_zero(), optimizers.log_space(optax.sgd(0.5)))
     state = joint.init_state(variables, optimizer, 4)
     key = jax.random.key(11)
-    after, metrics = joint.make_step(quantized, TASK, optimizer, uniform=uniform(quantized), random=1)(state, BATCH, key)
+    after, metrics = joint.make_step(quantized, TASK, optimizer, uniform=uniform(quantized), random=1)(
+        state, BATCH, key
+    )
     drawn = np.asarray(metrics["assignment"])[0]
     searched = [layer.path for layer in quantized.layers if layer.searched]
     random_policy = {ly.path: ly.bits for ly in quantized.layers if ly.bits}
@@ -308,7 +312,9 @@ def test_golden_step(net):
 
     def total(params):
         outs = [
-            quantized.apply({**variables, "params": params}, row, BATCH["image"], train=True, mutable=["batch_stats"])[0]
+            quantized.apply({**variables, "params": params}, row, BATCH["image"], train=True, mutable=["batch_stats"])[
+                0
+            ]
             for row in rows
         ]
         return sum(TASK.loss(out, BATCH) for out in outs)

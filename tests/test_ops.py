@@ -92,9 +92,11 @@ def test_rows_make_no_grouped_convolution():
     primitive, params, lhs_shape, rhs_shape = CASES["3x3"]
 
     def groups(kernels):
-        text = str(jax.make_jaxpr(jax.vmap(ops.contract(primitive, params, kernels)))(
-            jnp.ones((3, *lhs_shape)), jnp.ones((3, *rhs_shape))
-        ))
+        text = str(
+            jax.make_jaxpr(jax.vmap(ops.contract(primitive, params, kernels)))(
+                jnp.ones((3, *lhs_shape)), jnp.ones((3, *rhs_shape))
+            )
+        )
         return text.count("conv_general_dilated["), "feature_group_count=3" in text
 
     assert groups("plain") == (1, True)

@@ -17,7 +17,7 @@ CONFIG = """
 from mpq_jax.config import *
 config = Config(
     data=Data(name="digits", augment=False, data_dir={data!r}),
-    model=Model(name="resnet8", options={{"width": 0.25}}),
+    model=Model(name="cnn_nnx", options={{"width": 0.5}}),
     quantize=Quantize(bit_widths=(2, 4)),
     pretrain=Pretrain(steps=8, batch_size=32, warmup_steps=2),
     joint=Joint(steps=6, batch_size=16),
@@ -65,7 +65,7 @@ def test_interrupted_and_resumed_is_the_same(place, monkeypatch):
     logs = [np.load(place / run / "joint" / "random_rows.npz") for run in ("run", "stopped")]
     for key in logs[0].files:
         np.testing.assert_array_equal(logs[0][key], logs[1][key])
-    assert logs[0]["step"].tolist() == [0, 1, 2, 3, 4, 5] and logs[0]["assignment"].shape == (6, 8, 2)
+    assert logs[0]["step"].tolist() == [0, 1, 2, 3, 4, 5] and logs[0]["assignment"].shape == (6, 2, 2)
     assert set(np.unique(logs[0]["assignment"])) == {2, 4}
 
 
@@ -123,7 +123,9 @@ def test_refusals(place, capsys, more, words):
     ],
 )
 def test_refusals_of_a_new_run(place, tmp_path, capsys, more, words):
-    code = train.main(["--config", str(place / "tiny.py"), "--workdir", str(tmp_path / "new"), "--pretrain.steps", "1", *more])
+    code = train.main(
+        ["--config", str(place / "tiny.py"), "--workdir", str(tmp_path / "new"), "--pretrain.steps", "1", *more]
+    )
     error = capsys.readouterr().err
     assert code == 2 and words in error
     assert [line for line in error.splitlines() if line.startswith("error: ")] == error.splitlines()[-1:]
@@ -159,7 +161,7 @@ def test_paper_recipe_and_options_run(place, tmp_path):
     run = str(tmp_path / "paper")
     assert train.main(["--config", str(place / "tiny.py"), "--workdir", run, *more]) == 0
     table = load_importance(Path(run) / "importance.json")
-    assert np.isfinite(table.weight).all() and (table.weight > 0).all() and table.weight.shape == (8, 2)
+    assert np.isfinite(table.weight).all() and (table.weight > 0).all() and table.weight.shape == (2, 2)
     log = np.load(Path(run) / "joint" / "random_rows.npz")
     np.testing.assert_array_equal(log["assignment"][..., 0], np.where(log["assignment"][..., 0] > 2, 4, 2))
     assert len(log["step"]) == 8

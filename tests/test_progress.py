@@ -1,8 +1,11 @@
 """Progress: plain lines where there is no terminal, a bar where there is one."""
 
+import fcntl
 import io
 import os
 import pty
+import struct
+import termios
 
 from mpq_jax.progress import progress
 
@@ -23,6 +26,7 @@ def test_plain_lines():
 def test_bar_on_a_terminal():
     """The last thing the terminal shows is the full bar with the note."""
     master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     with os.fdopen(slave, "w") as stream:
         with progress(range(3), 3, "joint", stream) as bar:
             for _ in bar:

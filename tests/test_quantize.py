@@ -208,7 +208,9 @@ def test_training_mode_remat_and_dropout(net):
     (value2, updates2), grads2 = run(rematted)
     assert not np.allclose(updates["batch_stats"]["block1"]["bn1"]["mean"], 0)
     np.testing.assert_allclose(value, value2, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), (updates, grads), (updates2, grads2))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), (updates, grads), (updates2, grads2)
+    )
 
 
 # ---- other kinds of layers ----------------------------------------------------------------------------------------
@@ -391,7 +393,12 @@ def test_rules(net):
     quantized = quantize(
         model,
         IMAGES,
-        rules=[("depthwise", "float"), ("block1/conv1", Bits(4, 4)), ("block1", "w2/4/8,a4/8"), ("stem", Candidates((2,), (3,)))],
+        rules=[
+            ("depthwise", "float"),
+            ("block1/conv1", Bits(4, 4)),
+            ("block1", "w2/4/8,a4/8"),
+            ("stem", Candidates((2,), (3,))),
+        ],
     )
     table = {layer.path: layer for layer in quantized.layers}
     assert table["block1/depthwise"].bits == Bits(32, 32) and not table["block1/depthwise"].searched
@@ -502,6 +509,8 @@ def test_per_channel_weights():
     steps = calibrated["params"]["conv"]["weight_step_size"]
     assert steps.shape == (5, 4)
     kernel = np.asarray(variables["params"]["conv"]["kernel"], np.float64)
-    expected = np.maximum(abs(kernel.mean((0, 1, 2)) - 3 * kernel.std((0, 1, 2))), abs(kernel.mean((0, 1, 2)) + 3 * kernel.std((0, 1, 2))))
+    expected = np.maximum(
+        abs(kernel.mean((0, 1, 2)) - 3 * kernel.std((0, 1, 2))), abs(kernel.mean((0, 1, 2)) + 3 * kernel.std((0, 1, 2)))
+    )
     np.testing.assert_allclose(steps[0], expected / 2, rtol=1e-5)
     assert np.isfinite(quantized.apply(calibrated, full_policy(quantized, 2, 2), IMAGES, train=False)).all()

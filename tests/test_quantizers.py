@@ -133,7 +133,9 @@ def test_starts_equal_limpq():
     mean, std = w.astype(np.float64).mean(), w.astype(np.float64).std()
     expected_w = [max(abs(mean - 3 * std), abs(mean + 3 * std)) / 2 ** (b - 1) for b in widths]
     expected_a = [2 * np.abs(a).mean() / np.sqrt(2**b - 1) for b in widths]
-    np.testing.assert_allclose(lsq().weight.init(jnp.asarray(w), widths, True, (3,))["step_size"], expected_w, rtol=1e-5)
+    np.testing.assert_allclose(
+        lsq().weight.init(jnp.asarray(w), widths, True, (3,))["step_size"], expected_w, rtol=1e-5
+    )
     found = lsq().activation.init(jnp.asarray(a), widths, False, ())["step_size"]
     np.testing.assert_allclose(found, expected_a, rtol=1e-5)
     same = lsq("same").weight.init(jnp.asarray(w), widths, True, (3,))["step_size"]

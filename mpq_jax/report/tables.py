@@ -10,7 +10,7 @@ from mpq_jax.types import Importance, Layer, Policy
 
 
 class AccuracyRow(NamedTuple):
-    """One line of the accuracy table: the mean over `count` policies, measured on the test set.
+    """One line of the accuracy table: the mean over `runs` policies, measured on the test set.
 
     accuracy: 0 to 1; accuracy_std: the standard deviation over the policies, where there are several.
     """
@@ -18,7 +18,7 @@ class AccuracyRow(NamedTuple):
     name: str
     accuracy: float
     accuracy_std: float | None
-    count: int
+    runs: int
     loss: float
     bitops: int
     size_bytes: int
@@ -58,14 +58,14 @@ class Report(NamedTuple):
 
 def percent(row: AccuracyRow) -> str:
     """ "91.25" or "90.10 ± 0.32"."""
-    spread = f" ± {100 * row.accuracy_std:.2f}" if row.accuracy_std is not None and row.count > 1 else ""
+    spread = f" ± {100 * row.accuracy_std:.2f}" if row.accuracy_std is not None and row.runs > 1 else ""
     return f"{100 * row.accuracy:.2f}{spread}"
 
 
 def share(row: AccuracyRow, report: Report) -> str:
-    """BitOps against the BitOps budget in per cent; empty without one."""
+    """BitOps against the BitOps budget in per cent; empty without one, and for float, which is far beyond any."""
     limit = report.used.get("bitops", (0, 0, ""))[1]
-    return f"{100 * row.bitops / limit:.1f}" if limit else ""
+    return f"{100 * row.bitops / limit:.1f}" if limit and row.bitops < 10 * limit else ""
 
 
 def bits_text(layer: Layer, policy: Policy) -> str:
@@ -121,7 +121,7 @@ def policy_markdown(report: Report) -> str:
 def terminal_table(report: Report, width: int | None = None) -> str:
     """The accuracy table, achieved against asked, and the mixed policy's bits, at most `width` (60) columns wide."""
     width = max(40, min(width or 60, 100))
-    name_width = min(max(len(row.name) for row in report.accuracy), width - 34)
+    name_width = min(max(len(row.name) for row in report.accuracy), width - 35)
     lines = [f"{'':{name_width}}  {'test acc, %':>14} {'BitOps':>9} {'%':>6}"]
     for row in report.accuracy:
         name = row.name if len(row.name) <= name_width else row.name[: name_width - 1] + "…"
@@ -129,9 +129,7 @@ def terminal_table(report: Report, width: int | None = None) -> str:
         lines.append(f"{name:{name_width}}  {percent(row):>14} {bitops:>9} {share(row, report):>6}")
     lines.append("")
     for name, (used, limit, unit) in report.used.items():
-        lines.append(
-            f"{name}: {costs.human(used, unit)} of {costs.human(limit, unit)} ({100 * used / limit:.2f} %)"
-        )
+        lines.append(f"{name}: {costs.human(used, unit)} of {costs.human(limit, unit)} ({100 * used / limit:.2f} %)")
     lines.append("")
     mixed = report.policies["mixed"]
     for layer in report.importance.layers:

@@ -25,9 +25,7 @@ def best_uniform(
     found = []
     for w in importance.bit_widths:
         for a in importance.activation_bit_widths:
-            policy = policies.uniform(
-                importance.layers, w, a, importance.bit_widths, importance.activation_bit_widths
-            )
+            policy = policies.uniform(importance.layers, w, a, importance.bit_widths, importance.activation_bit_widths)
             if _ties_hold(policy, importance) and fits(policy, budgets, importance):
                 found.append((total(importance, policy, alpha), -(w + a), -w, f"W{w}A{a}", policy))
     return min(found)[3:] if found else None

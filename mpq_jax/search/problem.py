@@ -119,9 +119,7 @@ def least(problem: Problem, budget: int) -> int | float:
             total += cost[problem.layer == row].min().item()
     for group in problem.tied:
         shared = set.intersection(*(set(problem.a[problem.layer == row].tolist()) for row in group))
-        total += min(
-            sum(cost[(problem.layer == row) & (problem.a == a)].min().item() for row in group) for a in shared
-        )
+        total += min(sum(cost[(problem.layer == row) & (problem.a == a)].min().item() for row in group) for a in shared)
     return total
 
 

@@ -10,6 +10,7 @@ without a solver (a Lagrangian bound and a greedy policy) is there before it sta
 import itertools
 import math
 import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -116,6 +117,8 @@ def _in_child(function: Callable[..., Answer], arguments: tuple[Any, ...], secon
     receiver, sender = context.Pipe(duplex=False)
 
     def work():
+        # HiGHS prints a banner; the child's standard output is nobody's.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         try:
             sender.send(function(*arguments, seconds))
         except Exception:

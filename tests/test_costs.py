@@ -1,0 +1,139 @@
+"""Costs against hand counts in Python integers; every form of a budget, and every refusal."""
+
+import json
+from fractions import Fraction
+
+import pytest
+from tables import budgets_of, cost_by_hand, every_policy, made
+
+from mpq_jax import Bits, Layer, Refusal, costs
+
+TABLE = made(0)
+MACS = sum(layer.macs for layer in TABLE.layers)
+PARAMS = sum(layer.params for layer in TABLE.layers)
+
+
+def uniform_cost(w, a, name):
+    policy = {layer.path: layer.bits or Bits(w, a) for layer in TABLE.layers}
+    return cost_by_hand(TABLE, policy, name)
+
+
+@pytest.mark.parametrize(
+    "text, limit",
+    [
+        ("bitops=W3A4", uniform_cost(3, 4, "bitops")),
+        ("bitops=0.0055G", 5_500_000),
+        ("bitops=5.5M", 5_500_000),
+        ("bitops=5500.1234567K", 5_500_123),
+        ("bitops=76x", int(Fraction(MACS * 1024, 76))),
+        ("size=W3", uniform_cost(3, 32, "size")),
+        ("size=0.01MB", 10485),
+        ("size=3.5KB", 3584),
+        ("size=900B", 900),
+        ("size=12.2x", int(Fraction(PARAMS * 4) / Fraction("12.2"))),
+    ],
+)
+def test_limits(text, limit):
+    (budget,) = budgets_of(TABLE, text)
+    assert budget.limit == limit and isinstance(budget.limit, int)
+
+
+def test_tables_and_fixed_layers_add_up():
+    """For every policy: table entries + fixed = the sum over layers by hand, exactly."""
+    importance = made(1, layers=2, tied=True)
+    budgets = budgets_of(importance, "bitops=W3A3", "size=W3")
+    for policy in every_policy(importance):
+        for budget in budgets:
+            assert costs.used(budget, policy, importance) == cost_by_hand(importance, policy, budget.name)
+    # 101 weights at 8 bits and 7 in float: 101 + 28 bytes.
+    assert budgets[1].fixed == 129 and budgets[0].fixed == 5000 * 64 + 70 * 1024
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("bitops=W3", "bitops=55", "bitops=55g", "bitops=", "bitops", "bitops=0G", "bitops=-1G", "bitops=infx"),
+        *("bitops=nanG", "bitops=1e3G", "bitops=0x", "bitops=W3A", "bitops=w3a4", "bitops=W0A4", "bitops = 3G"),
+        *("size=W3A4", "size=8", "size=8mb", "size=0x", "size=0B", "size=-3KB", "size=1TB", "size=W0"),
+        *("latency=3", "latency=0ms", "latency=-3ms", "flops=3G", "wbits=3.2", "", "="),
+    ],
+)
+def test_refused(text):
+    with pytest.raises(Refusal) as refusal:
+        costs.parse_budgets([text], TABLE.layers, TABLE.bit_widths, TABLE.activation_bit_widths, {})
+    assert "\n" not in str(refusal.value) and "write " in str(refusal.value)
+
+
+def test_refused_together():
+    with pytest.raises(Refusal, match="two budgets limit bitops"):
+        budgets_of(TABLE, "bitops=W3A4", "bitops=1G")
+    with pytest.raises(Refusal, match="no budget given"):
+        budgets_of(TABLE)
+    with pytest.raises(Refusal, match="--latency"):
+        budgets_of(TABLE, "latency=3ms")
+
+
+def latency_file(path, **changes):
+    names = [layer.path for layer in TABLE.layers]
+    entries = {f"{w},{a}": 0.1 * w + 0.01 * a for w in (2, 3, 4, 8, 32) for a in (2, 3, 4, 8, 32)}
+    value = {"format": "mpq-latency", "version": 1, "device": "d", "unit": "ms", "layers": {n: entries for n in names}}
+    path.write_text(json.dumps(value | changes))
+    return path
+
+
+def test_latency(tmp_path):
+    latency = costs.load_latency(latency_file(tmp_path / "latency.json"))
+    arguments = (["latency=2.5ms"], TABLE.layers, TABLE.bit_widths, TABLE.activation_bit_widths, latency)
+    (budget,) = costs.parse_budgets(*arguments)
+    policy = next(every_policy(TABLE))
+    assert budget.limit == 2.5 and budget.unit == "ms"
+    expected = sum(0.1 * bits.w + 0.01 * bits.a for bits in policy.values())
+    assert costs.used(budget, policy, TABLE) == pytest.approx(expected)
+    (microseconds,) = costs.parse_budgets(["latency=2500us"], *arguments[1:])
+    assert microseconds.limit == 2.5
+    with pytest.raises(Refusal, match="no layer 'layer3'"):
+        costs.parse_budgets(*arguments[:-1], {k: v for k, v in latency.items() if k != "layer3"})
+    with pytest.raises(Refusal, match='no "4,4" for layer'):
+        fewer = {k: {b: ms for b, ms in v.items() if b != (4, 4)} for k, v in latency.items()}
+        costs.parse_budgets(*arguments[:-1], fewer)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unit": "s"},
+        {"layers": []},
+        {"layers": {"a": 3}},
+        {"layers": {"a": {"8": 1}}},
+        {"layers": {"a": {"8,8": -1}}},
+        {"layers": {"a": {"8,8": None}}},
+        {"layers": {"a": {"8,8": True}}},
+        {"version": 2},
+        {"format": "x"},
+    ],
+)
+def test_refused_latency_files(tmp_path, changes):
+    with pytest.raises(Refusal):
+        costs.load_latency(latency_file(tmp_path / "latency.json", **changes))
+
+
+def test_describe():
+    shown = costs.describe(TABLE.layers)
+    assert set(shown["uniform"]) == {f"W{w}A{a}" for w in range(2, 9) for a in range(2, 9)}
+    assert shown["uniform"]["W3A4"]["bitops"] == uniform_cost(3, 4, "bitops")
+    assert shown["uniform"]["W3A4"]["size_bytes"] == uniform_cost(3, 4, "size")
+    assert shown["uniform"]["W3A4"]["compression"] == pytest.approx(4 * PARAMS / uniform_cost(3, 4, "size"), abs=1e-4)
+    assert shown["layers"][1] == {
+        "path": "layer0",
+        "params": TABLE.layers[1].params,
+        "macs": TABLE.layers[1].macs,
+        "searched": True,
+    }
+    text = costs.describe_text(TABLE.layers)
+    assert "W8A8" in text and "float" in text and f"{PARAMS:,}" in text
+
+
+def test_human():
+    assert costs.human(55_313_432_576, "BitOps") == "55.31 G" and costs.human(3 * 2**20, "bytes") == "3.00 MB"
+    assert costs.human(12, "bytes") == "12 B" and costs.human(1.5, "ms") == "1.500 ms"
+    assert costs.layer_size(Layer("x", 3, 0, True), Bits(3, 2)) == 2

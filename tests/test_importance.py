@@ -1,0 +1,167 @@
+"""importance.json: round trips, every malformed file, isotonic repair against scikit-learn, reversal by hand."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.isotonic import IsotonicRegression
+from tables import made
+
+from mpq_jax import Refusal
+from mpq_jax.importance import combined, load_importance, repair, reversed_importance, save_importance, total
+
+OPTIONS = [{}, {"pair": True}, {"tied": True, "narrowed": True}, {"activation_widths": (4, 8), "alpha": None}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_round_trip(tmp_path, options):
+    importance = made(1, **options)
+    save_importance(tmp_path / "i.json", importance)
+    again = load_importance(tmp_path / "i.json")
+    for field, mine, theirs in zip(importance._fields, importance, again, strict=True):
+        np.testing.assert_equal(theirs, mine, err_msg=field)
+
+
+def test_the_format_of_the_design(tmp_path):
+    """A file as another program would write it, field by field."""
+    value = {
+        "format": "mpq-importance",
+        "version": 1,
+        "criterion": "learned",
+        "alpha": 0.8,
+        "bit_widths": [2, 3],
+        "layers": [
+            {"path": "stem", "params": 9408, "macs": 118013952, "searched": False, "bits": [8, 8]},
+            {
+                "path": "conv",
+                "params": 36864,
+                "macs": 115605504,
+                "searched": True,
+                "tied": "in",
+                "inputs": 4,
+                "outputs": 4,
+            },
+        ],
+        "weight": [[0.11, 0.07]],
+        "activation": [[0.31, 0.17]],
+    }
+    (tmp_path / "i.json").write_text(json.dumps(value))
+    importance = load_importance(tmp_path / "i.json")
+    assert importance.layers[1].tied == "in" and importance.layers[0].bits == (8, 8)
+    assert total(importance, {"conv": type(importance.layers[0].bits)(3, 2)}) == pytest.approx(0.8 * 0.07 + 0.31)
+    save_importance(tmp_path / "again.json", importance)
+    assert json.loads((tmp_path / "again.json").read_text()) == value
+
+
+def _first(**changes):
+    def change(value):
+        value["layers"][0] |= changes
+
+    return change
+
+
+def _second(**changes):
+    def change(value):
+        value["layers"][1] |= changes
+
+    return change
+
+
+def _top(**changes):
+    return lambda value: value.update(changes)
+
+
+BROKEN = {
+    "version": _top(version=2),
+    "format": _top(format="other"),
+    "widths twice": _top(bit_widths=[2, 2, 4]),
+    "width 0": _top(bit_widths=[0, 3, 4]),
+    "width 33": _top(bit_widths=[2, 3, 33]),
+    "width true": _top(bit_widths=[True, 3, 4]),
+    "no layers": _top(layers=[]),
+    "shape": _top(weight=[[1.0, 2.0, 3.0]]),
+    "ragged": _top(weight=[[1.0, 2.0, 3.0], [1.0]] * 2),
+    "text in table": _top(weight=[["a", 1, 2]] * 4),
+    "true in table": _top(weight=[[True, 1, 2]] * 4),
+    "no activation": lambda value: value.pop("activation"),
+    "pair beside": _top(pair=[]),
+    "alpha": _top(alpha=-1),
+    "alpha text": _top(alpha="auto"),
+    "criterion": _top(criterion=3),
+    "no bits": lambda value: value["layers"][0].pop("bits"),
+    "bits 33": _first(bits=[8, 33]),
+    "bits short": _first(bits=[8]),
+    "negative": _second(macs=-1),
+    "fraction": _second(params=1.5),
+    "true as count": _second(params=True),
+    "twice": _second(path="first"),
+    "no path": _second(path=None),
+    "searched": _second(searched=1),
+    "both": _second(bits=[2, 2]),
+    "tied": _second(tied=3),
+    "unknown key": _second(colour="red"),
+    "own widths": _second(weight_bit_widths=[5]),
+    "inputs": _second(inputs=-4),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_malformed_files_are_refused(tmp_path, name):
+    save_importance(tmp_path / "i.json", made(1))
+    value = json.loads((tmp_path / "i.json").read_text())
+    BROKEN[name](value)
+    (tmp_path / "i.json").write_text(json.dumps(value))
+    with pytest.raises(Refusal) as refusal:
+        load_importance(tmp_path / "i.json")
+    assert "\n" not in str(refusal.value) and "train.py" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda t: t[:200], lambda t: "", lambda t: "[1]", lambda t: t.replace("0.", "NaN,", 1)]
+)
+def test_damaged_files_are_refused(tmp_path, damage):
+    save_importance(tmp_path / "i.json", made(1))
+    (tmp_path / "i.json").write_text(damage((tmp_path / "i.json").read_text()))
+    with pytest.raises(Refusal):
+        load_importance(tmp_path / "i.json")
+    with pytest.raises(Refusal, match="does not exist"):
+        load_importance(tmp_path / "none.json")
+
+
+def test_nan_and_infinity_are_refused(tmp_path):
+    for bad in ("NaN", "Infinity", "1e999"):
+        save_importance(tmp_path / "i.json", made(1))
+        value = json.loads((tmp_path / "i.json").read_text())
+        value["weight"][0][0] = 12345.5
+        (tmp_path / "i.json").write_text(json.dumps(value).replace("12345.5", bad))
+        with pytest.raises(Refusal, match="finite"):
+            load_importance(tmp_path / "i.json")
+
+
+def test_repair_equals_scikit_learn():
+    importance = made(2, widths=(2, 3, 4, 5, 6))
+    noise = np.random.default_rng(0).normal(0, 0.3, importance.weight.shape)
+    rough = importance._replace(weight=importance.weight + noise, activation=importance.activation[:, ::-1])
+    fixed, outliers = repair(rough)
+    for before, after in ((rough.weight, fixed.weight), (rough.activation, fixed.activation)):
+        for x, y in zip(before, after, strict=True):
+            np.testing.assert_allclose(y, IsotonicRegression(increasing=False).fit_transform(range(5), x), atol=1e-12)
+    expected = {
+        (f"layer{row}", kind, 2 + i)
+        for kind, table in (("weight", rough.weight), ("activation", rough.activation))
+        for row in range(4)
+        for i in range(4)
+        if table[row, i] < table[row, i + 1]
+    }
+    assert set(outliers) == expected and repair(fixed)[1] == []
+    assert repair(importance)[1] == []
+
+
+def test_reversed_by_hand():
+    """Layers ranked by their mean importance; the least important row goes to the most important layer."""
+    importance = made(3)._replace(alpha=1.0)
+    order = np.argsort(combined(importance).mean((1, 2)))
+    wrong = reversed_importance(importance)
+    for rank in range(4):
+        np.testing.assert_array_equal(wrong.weight[order[rank]], importance.weight[order[3 - rank]])
+        np.testing.assert_array_equal(wrong.activation[order[rank]], importance.activation[order[3 - rank]])

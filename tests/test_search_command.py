@@ -1,0 +1,112 @@
+"""search.py: what it prints and writes, what it refuses, and that it needs no JAX."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tables import cost_by_hand, made
+
+import search
+from mpq_jax.importance import save_importance
+from mpq_jax.policy import load_policy
+
+TABLE = made(1, tied=True)
+# Imports of these fail in the child; whether cvxpy was imported is printed.
+GUARD = """
+import sys
+for name in ("jax", "flax", "optax", "orbax", "tensorflow_datasets", "grain"):
+    sys.modules[name] = None
+import search
+code = search.main(sys.argv[1:])
+print("cvxpy" in sys.modules)
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    save_importance(tmp_path / "importance.json", TABLE)
+    return tmp_path
+
+
+def test_finds_prints_and_writes(place, capsys):
+    arguments = ["--importance", str(place / "importance.json"), "--budget", "bitops=W3A3", "--budget", "size=W3"]
+    assert search.main([*arguments, "--out", str(place / "out" / "p.json")]) == 0
+    shown = capsys.readouterr().out
+    policy = load_policy(place / "out" / "p.json", TABLE.layers, TABLE.bit_widths, TABLE.activation_bit_widths)
+    saved = json.loads((place / "out" / "p.json").read_text())
+    for name in ("bitops", "size"):
+        used = cost_by_hand(TABLE, policy, name)
+        limit = saved["budgets"][name]["limit"]
+        assert saved["budgets"][name]["used"] == used <= limit and f"({100 * used / limit:.2f} %)" in shown
+    assert saved["status"] == "optimal" and "optimal" in shown and "alpha: 1.3 (fitted in training)" in shown
+    assert all(word in shown for word in ("best uniform", "random", "reversed", *policy))
+
+
+def test_newest_run_and_alpha(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert search.main(["--budget", "bitops=W3A3"]) == 2
+    assert "no run under runs/" in capsys.readouterr().err
+    for i, name in enumerate(("old", "new")):
+        save_importance(tmp_path / "runs" / name / "importance.json", made(i)._replace(alpha=None))
+    import os
+
+    os.utime(tmp_path / "runs/old/importance.json", (1, 1))
+    assert search.main(["--budget", "bitops=W3A3"]) == 0
+    shown = capsys.readouterr().out
+    assert "runs/new (the newest)" in shown and "alpha: 1 (1: the file has none)" in shown
+    assert (tmp_path / "runs/new/policy.json").exists() and not (tmp_path / "runs/old/policy.json").exists()
+    assert search.main(["--workdir", "runs/old", "--budget", "bitops=W3A3", "--alpha", "2.5"]) == 0
+    assert "alpha: 2.5 (as given)" in capsys.readouterr().out
+
+
+REFUSED = [
+    (["--budget", "bitops=W3"], "not understood"),
+    (["--budget", "bitops=1K"], "least reachable"),
+    ([], "no budget"),
+    (["--budgt", "x"], "nearest is --budget"),
+    (["--budget", "bitops=W3A3", "--alpha", "0"], "positive number"),
+    (["--budget", "bitops=W3A3", "--alpha", "big"], "positive number"),
+    (["--budget", "bitops=W3A3", "--time-limit", "-1"], "positive number"),
+    (["--budget", "bitops=W3A3", "--time-limit", "soon"], "invalid float"),
+    (["--budget", "latency=3ms"], "--latency"),
+    (["--budget", "bitops=W3A3", "--latency", "none.json"], "does not exist"),
+    (["--budget", "bitops=W3A3", "--workdir", "x"], "give one of them"),
+    (["--describe"], "needs --config"),
+    (["--describe", "--config", "configs/none.py"], "does not exist"),
+]
+
+
+@pytest.mark.parametrize("more, words", REFUSED)
+def test_refusals(place, capsys, more, words):
+    assert search.main(["--importance", str(place / "importance.json"), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert [p.name for p in place.iterdir()] == ["importance.json"]
+
+
+@pytest.mark.parametrize("budget, code, cvxpy", [("bitops=W3A3", 0, True), ("bitops=W3", 2, False)])
+def test_without_jax(place, budget, code, cvxpy):
+    """The whole command in an interpreter that cannot import JAX; refused input does not even import CVXPY."""
+    command = [sys.executable, "-c", GUARD, "--importance", str(place / "importance.json"), "--budget", budget]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines()[-1] == str(cvxpy)
+    assert "HiGHS" not in done.stdout and "Traceback" not in done.stderr
+
+
+def test_describe(capsys):
+    assert search.main(["--config", "configs/imagenet_resnet18.py", "--describe", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert sum(layer["searched"] for layer in shown["layers"]) == 19 and len(shown["uniform"]) == 49
+    # LIMPQ's table: 22.85 G BitOps at W3A3, 27.93 at W3A4, 11,678,912 weights, 9.93 times smaller at three bits.
+    assert round(shown["uniform"]["W3A3"]["bitops"] / 1e9, 2) == 22.85
+    assert round(shown["uniform"]["W3A4"]["bitops"] / 1e9, 2) == 27.93
+    assert sum(layer["params"] for layer in shown["layers"]) == 11_678_912
+    assert round(shown["uniform"]["W3A3"]["compression"], 2) == 9.93
+    arguments = ["--config", "configs/digits.py", "--describe", "--model.name", "mobilenetv1"]
+    assert search.main([*arguments, "--model.options", '{"small_images": true}']) == 0
+    assert "unit1/depthwise" in capsys.readouterr().out
+    assert search.main(["--config", "configs/digits.py", "--describe", "--data.name", "mnist"]) == 2
+    assert "not known here" in capsys.readouterr().err

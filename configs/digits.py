@@ -11,5 +11,6 @@ config = Config(
     pretrain=Pretrain(steps=300, batch_size=128, learning_rate=0.1, warmup_steps=30),
     joint=Joint(steps=200, batch_size=128),
     finetune=Finetune(steps=200, batch_size=128, learning_rate=0.02, random_policies=3),
+    statistics_batches=20,
     checkpoint_every=100,
 )

@@ -111,7 +111,8 @@ class Config:
     joint: Joint = Joint()
     finetune: Finetune = Finetune()
     eval_batch_size: int = 500
-    statistics_batches: int = 10  # training batches that normalisation statistics are re-estimated on
+    statistics_batches: int = 50  # training batches that normalisation statistics are re-estimated on; too few miss
+    # what a channel that is almost always dead does when it is not
     checkpoint_every: int = 200  # steps
     log_every: int = 20  # steps
 

@@ -54,7 +54,6 @@ def ahead_of_time(name: str, batch: int) -> None:
         model,
         joint.classification(0.1),
         optimizer,
-        uniform=uniform,
         random=1,
         same_bits=True,
         rows_at_a_time=1,
@@ -70,7 +69,7 @@ def ahead_of_time(name: str, batch: int) -> None:
     began = time.time()
     shapes = jax.eval_shape(state, images)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    lowered = jax.jit(step, donate_argnums=0).lower(shapes, {"image": images, "label": labels}, key)
+    lowered = jax.jit(step, donate_argnums=0).lower(shapes, {"image": images, "label": labels}, key, uniform)
     compiled = lowered.compile()
     memory, flops = compiled.memory_analysis(), compiled.cost_analysis().get("flops", float("nan"))
     print(

@@ -56,23 +56,23 @@ def main() -> None:
     ours = optimizers.partition(quantized, optax.set_to_zero(), optimizers.log_space(optax.adam(0.01, b2=0.95)))
     paper = optimizers.partition(quantized, sgd, optax.chain(sgd, optimizers.keep_positive()))
 
-    def step_of(model, optimizer, variables, count, error=0.0, **more):
+    def step_of(model, optimizer, variables, count, fixed=None, error=0.0, **more):
         state = joint.init_state(variables, optimizer, count)
         step = jax.jit(joint.make_step(model, task, optimizer, error_weight=error, **more))
-        return functools.partial(step, state, batch, key)
+        return functools.partial(step, state, batch, key, fixed)
 
     contestants = {
-        "float step, our kernels": step_of(quantized, sgd, variables, 1, uniform=None),
-        "float step, XLA's kernels": step_of(plain, sgd, variables, 1, uniform=None),
+        "float step, our kernels": step_of(quantized, sgd, variables, 1),
+        "float step, XLA's kernels": step_of(plain, sgd, variables, 1),
         "joint step, weights trained (the paper's loss)": step_of(
-            quantized, paper, calibrated, rows, uniform=uniform, random=1
+            quantized, paper, calibrated, rows, fixed=uniform, random=1
         ),
         "joint step, weights still, with the error term": step_of(
-            quantized, ours, calibrated, rows, error=1.0, uniform=uniform, random=1
+            quantized, ours, calibrated, rows, error=1.0, fixed=uniform, random=1
         ),
     }
     if not arguments.skip_vmap:
-        contestants["joint step, plain vmap"] = step_of(plain, paper, calibrated, rows, uniform=uniform, random=1)
+        contestants["joint step, plain vmap"] = step_of(plain, paper, calibrated, rows, fixed=uniform, random=1)
     compile_seconds = {name: timed(function) for name, function in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(arguments.repeats):

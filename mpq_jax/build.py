@@ -1,6 +1,7 @@
 """From a config to the model, the quantizer and the layer table."""
 
 import importlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ def quantized(config: Config, num_classes: int, image_shape: tuple[int, int, int
     settings = config.quantize
     ends: Bits | None = None
     if settings.ends != "searched":
-        parsed = parse_value(settings.ends)
+        parsed = parse_value(settings.ends) if re.fullmatch(r"\d+,\d+", settings.ends) else None
         if not isinstance(parsed, Bits):
             raise Refusal(f'quantize.ends {settings.ends!r} must be bits such as "8,8", or "searched"')
         ends = parsed

@@ -266,7 +266,6 @@ def make_step(
     task: Task,
     optimizer: optax.GradientTransformation,
     *,
-    uniform: Mapping[str, Bits] | None,
     random: int = 0,
     same_bits: bool = False,
     rows_at_a_time: int = 0,
@@ -275,11 +274,13 @@ def make_step(
     average: float = 0.0,
     dropout: bool = False,
     sample: Callable[[jax.Array], Mapping[str, Bits]] | None = None,
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """step(state, batch, key) -> (state, {"losses": [P], "assignment": int32 [R, L, 2], "gradient_norm": []}).
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """step(state, batch, key, fixed) -> (state, {"losses": [P], "assignment": int32 [R, L, 2], "gradient_norm": []}).
 
-    uniform: the stack of fixed rows (None: one float row). random: R rows drawn anew each step from `key` and the
-        state's step number; sample(key) -> stack replaces the uniform draw.
+    fixed: the stack of rows that stay from step to step (the uniform ones; the policy in fine-tuning), an argument of
+        the step, so that other policies are no other program; None: one float row.
+    random: R rows drawn anew each step from `key` and the state's step number; sample(key) -> stack replaces the
+        uniform draw.
     rows_at_a_time: map so many rows at once and accumulate (0: all). Must divide P.
     average: decay of the moving average of the parameters (0: none).
     The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
@@ -300,14 +301,14 @@ def make_step(
 
         return _accumulated(loss, state, policies, rows_at_a_time)
 
-    def step(state: TrainState, batch: Batch, key: jax.Array):
+    def step(state: TrainState, batch: Batch, key: jax.Array, fixed: Mapping[str, Bits] | None = None):
         key = jax.random.fold_in(key, state.step)
         key_rows, key_dropout = jax.random.split(key)
-        policies = uniform
+        policies = fixed
         metrics = {}
         if random:
             drawn = draw(key_rows)
-            policies = concatenate(uniform, drawn) if uniform is not None else drawn
+            policies = concatenate(fixed, drawn) if fixed is not None else drawn
             searched = [layer for layer in model.layers if layer.searched]
             metrics["assignment"] = assignment_array(drawn, searched)
         rngs = {"dropout": key_dropout} if dropout else None

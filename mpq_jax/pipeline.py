@@ -1,5 +1,6 @@
 """What the commands do: `learn` (float and joint training, importance) and `finish` (fine-tuning and the report)."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -88,7 +89,11 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
     contestants: list[Contestant] = [("mixed", [mixed])]
     if config.finetune.compare and budgets:
         contestants = [*_compared(table, budgets, config), *contestants]
-    trained = {name: [_finetuned(run, p, joint_state, float_variables) for p in group] for name, group in contestants}
+    finetune = stages.finetuner(run, float_variables)
+    starts = _starts(run, joint_state, float_variables)
+    trained = {
+        name: [finetune(_stage_of(config, each), name, each, starts) for each in group] for name, group in contestants
+    }
     # The test set is read here, after every decision has been made.
     loss, accuracy = _evaluated(run, float_variables, None, "test")
     everything_float = {layer.path: Bits(32, 32) for layer in table.layers}
@@ -127,19 +132,21 @@ def _compared(table: Importance, budgets: Sequence[Budget], config: Config) -> l
     return found
 
 
-def _finetuned(run: stages.Run, chosen: Policy, joint_state: joint.TrainState, float_variables: Any) -> Any:
-    """The policy's variables after fine-tuning, from the joint model or from float with step sizes started anew."""
+def _starts(run: stages.Run, joint_state: joint.TrainState, float_variables: Any) -> Mapping[str, Any]:
+    """Where fine-tuning starts: the joint model, or the float one with step sizes started anew."""
     if run.config.finetune.start == "joint":
         # Of the rows, the last saw mixed policies: its statistics and its own affine copies are the nearest.
-        start: Mapping[str, Any] = joint.row_variables(joint_state, -1, averaged=True)
-    elif run.config.finetune.start == "float":
-        start = stages.calibrated(run, float_variables)
-    else:
-        raise Refusal(f'finetune.start {run.config.finetune.start!r} is not known; choose "joint" or "float"')
-    settings = json.dumps(run.config.finetune.__dict__, sort_keys=True)
+        return joint.row_variables(joint_state, -1, averaged=True)
+    if run.config.finetune.start == "float":
+        return stages.calibrated(run, float_variables)
+    raise Refusal(f'finetune.start {run.config.finetune.start!r} is not known; choose "joint" or "float"')
+
+
+def _stage_of(config: Config, chosen: Policy) -> str:
+    """A folder's name for one policy under these settings: others never resume from it."""
+    settings = json.dumps(dataclasses.asdict(config.finetune), sort_keys=True)
     bits = json.dumps({path: list(b) for path, b in chosen.items()}, sort_keys=True)
-    name = hashlib.sha256((settings + bits).encode()).hexdigest()[:12]
-    return stages.finetune(run, name, chosen, start, float_variables)
+    return hashlib.sha256((settings + bits).encode()).hexdigest()[:12]
 
 
 def _evaluated(run: stages.Run, variables: Any, chosen: Policy | None, split: str) -> tuple[float, float]:

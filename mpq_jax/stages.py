@@ -77,10 +77,12 @@ def train(
     steps: int,
     batches: Callable[[int], Iterable[Any]],
     row_names: list[str],
+    fixed: Mapping[str, Bits] | None = None,
     recorder: Recorder | None = None,
 ) -> joint.TrainState:
-    """Runs `step` until `steps`, from the newest checkpoint of the stage if there is one.
+    """Runs a compiled `step` until `steps`, from the newest checkpoint of the stage if there is one.
 
+    step: joint's step, from `compile_step`; it consumes its state. fixed: its rows that stay.
     batches(first_step) -> batches from that step on. Losses are looked at every `log_every` steps and before every
     checkpoint, so that a checkpoint never holds a state that followed a loss that was not finite.
     Raises Refusal at such a loss, naming row and step.
@@ -88,7 +90,6 @@ def train(
     config = run.config
     directory = run.workdir / stage
     key = jax.random.fold_in(jax.random.key(config.seed), sum(map(ord, stage)))
-    compiled = jax.jit(step, donate_argnums=0)
     state = jax.tree.map(jnp.copy, state)  # the step consumes its state; the caller's arrays stay
     with checkpoint.manager(directory) as manager:
         found = checkpoint.restore(manager, state)
@@ -101,12 +102,12 @@ def train(
         stream = iter(batches(first))
         with progress(range(first, steps), total=steps - first, label=stage) as bar:
             for i in bar:
-                state, metrics = compiled(state, next(stream), key)
+                state, metrics = step(state, next(stream), key, fixed)
                 pending.append((i, metrics))
                 last = i + 1 == steps
                 due = last or (i + 1) % config.checkpoint_every == 0
                 if due or (i + 1) % config.log_every == 0:
-                    latest = _settle(pending, row_names, directory, recorder)
+                    latest = _settle(pending, row_names, stage, directory, recorder)
                     bar.note(_summary(row_names, latest))
                     pending = []
                 if due:
@@ -116,7 +117,12 @@ def train(
     return state
 
 
-def _settle(pending, row_names, directory: Path, recorder: Recorder | None) -> np.ndarray:
+def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step`, compiled; its state is given back to it for reuse."""
+    return jax.jit(step, donate_argnums=0)
+
+
+def _settle(pending, row_names, stage: str, directory: Path, recorder: Recorder | None) -> np.ndarray:
     """Fetches the metrics of the steps since the last look; refuses losses that are not finite. -> mean losses [P]"""
     losses = []
     for i, metrics in pending:
@@ -125,8 +131,8 @@ def _settle(pending, row_names, directory: Path, recorder: Recorder | None) -> n
         if not np.isfinite(fetched["losses"]).all():
             row = row_names[int(np.flatnonzero(~np.isfinite(fetched["losses"]))[0])]
             raise Refusal(
-                f"the loss of row {row} is not finite at step {i} of {directory.name}; the last good checkpoint is "
-                f"kept in {directory}; lower the learning rate (--{directory.parts[-1]}.learning_rate) and start again"
+                f"the loss of row {row} is not finite at step {i} of {stage}; the last good checkpoint is "
+                f"kept in {directory}; lower the learning rate (--{stage.split('/')[0]}.learning_rate) and start again"
             )
         if recorder:
             recorder.add(i, fetched)
@@ -170,10 +176,10 @@ def pretrain(run: Run) -> Mapping[str, Any]:
         settings.momentum,
         settings.weight_decay,
     )
-    step = joint.make_step(run.model, joint.classification(settings.label_smoothing), optimizer, uniform=None)
+    step = joint.make_step(run.model, joint.classification(settings.label_smoothing), optimizer)
     state = joint.init_state(run.variables, optimizer, 1)
     batches = _train_batches(run, settings.batch_size, "pretrain")
-    return joint.row_variables(train(run, "pretrain", state, step, steps, batches, ["float"]), 0)
+    return joint.row_variables(train(run, "pretrain", state, compile_step(step), steps, batches, ["float"]), 0)
 
 
 # ---- joint training -----------------------------------------------------------------------------------------------
@@ -222,7 +228,6 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
         model,
         joint.classification(settings.label_smoothing),
         optimizer,
-        uniform=uniform,
         random=settings.random_rows,
         same_bits=settings.same_bits,
         rows_at_a_time=settings.rows_at_a_time,
@@ -238,7 +243,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
     )
     batches = _train_batches(run, settings.batch_size, "joint")
     recorder = Recorder(log.load, log.add, log.flush) if settings.random_rows else None
-    state = train(run, "joint", state, step, steps, batches, names, recorder)
+    state = train(run, "joint", state, compile_step(step), steps, batches, names, uniform, recorder)
     return state, log.log()
 
 
@@ -292,17 +297,17 @@ class RowLogFile:
 # ---- fine-tuning --------------------------------------------------------------------------------------------------
 
 
-def finetune(
-    run: Run, name: str, policy: Policy, start: Mapping[str, Any], teacher: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """Trains one policy from `start` (variables with step sizes); its statistics are re-estimated at the end.
+def finetuner(run: Run, teacher: Mapping[str, Any]) -> Callable[..., Mapping[str, Any]]:
+    """finetune(stage, name, policy, start) -> variables: trains one policy, with statistics re-estimated at the end.
 
-    name: the contestant's, part of the checkpoint's path. teacher: the float variables, for distillation.
+    All policies share one compilation. stage: part of the checkpoint's path. name: shown while it runs.
+    start: variables with step sizes. teacher: the float variables, for distillation.
     """
     settings, model = run.config.finetune, run.model
     steps = _steps(settings, run)
     updates = max(1, steps // settings.accumulate)
     warmup = min(settings.warmup_steps, updates // 2)
+    step_sizes = optax.adam(optimizers.schedule(settings.step_size_learning_rate, updates, warmup=warmup))
     optimizer = optimizers.partition(
         model,
         optimizers.sgd(
@@ -310,34 +315,31 @@ def finetune(
             settings.momentum,
             settings.weight_decay,
         ),
-        optimizers.log_space(optax.adam(optimizers.schedule(settings.step_size_learning_rate, updates, warmup=warmup))),
+        optimizers.log_space(step_sizes),
     )
     if settings.accumulate > 1:
         optimizer = optax.MultiSteps(optimizer, settings.accumulate)
     task = joint.classification(settings.label_smoothing)
-    policies = stack([policy])
-    step = joint.make_step(
-        model,
-        task,
-        optimizer,
-        uniform=policies,
-        distill=joint.Distill(settings.distill, "given") if settings.distill else None,
-        average=settings.average,
-    )
-    if settings.distill:
-        step = _taught(step, model, task, teacher)
-    state = joint.init_state(start, optimizer, 1, average=settings.average > 0)
+    distill = joint.Distill(settings.distill, "given") if settings.distill else None
+    step = joint.make_step(model, task, optimizer, distill=distill, average=settings.average)
+    compiled = compile_step(_taught(step, model, task, teacher) if distill else step)
     batches = _train_batches(run, settings.batch_size, "finetune")
-    state = train(run, f"finetune/{name}", state, step, steps, batches, [name])
-    variables = joint.row_variables(state, 0, averaged=True)
-    stats = reestimated(run, variables["params"], rows_of(variables, 1), policies)
-    return {"params": variables["params"], **jax.tree.map(lambda x: x[0], stats)}
+
+    def finetune(stage: str, name: str, policy: Policy, start: Mapping[str, Any]) -> Mapping[str, Any]:
+        fixed = stack([policy])
+        state = joint.init_state(start, optimizer, 1, average=settings.average > 0)
+        state = train(run, f"finetune/{stage}", state, compiled, steps, batches, [name], fixed)
+        variables = joint.row_variables(state, 0, averaged=True)
+        stats = reestimated(run, variables["params"], rows_of(variables, 1), fixed)
+        return {"params": variables["params"], **jax.tree.map(lambda x: x[0], stats)}
+
+    return finetune
 
 
 def _taught(step, model: QuantizedModel, task: joint.Task, teacher: Mapping[str, Any]):
-    def taught(state, batch, key):
+    def taught(state, batch, key, fixed):
         logits = model.apply(teacher, None, *task.inputs(batch), **task.eval_kwargs)
-        return step(state, {**batch, "teacher": logits}, key)
+        return step(state, {**batch, "teacher": logits}, key, fixed)
 
     return taught
 

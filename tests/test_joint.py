@@ -86,8 +86,8 @@ def test_rows_at_a_time_change_nothing(net, options):
     key = jax.random.key(3)
     results = []
     for extra in ({}, options):
-        step = joint.make_step(quantized, TASK, SGD, uniform=uniform(quantized), random=1, **extra)
-        results.append(jax.jit(step)(state, BATCH, key))
+        step = joint.make_step(quantized, TASK, SGD, random=1, **extra)
+        results.append(jax.jit(step)(state, BATCH, key, uniform(quantized)))
     (one, metrics), (other, metrics2) = results
     np.testing.assert_array_equal(metrics["assignment"], metrics2["assignment"])
     for a, b in ((metrics["losses"], metrics2["losses"]), (one.params, other.params), (one.rows, other.rows)):
@@ -96,9 +96,9 @@ def test_rows_at_a_time_change_nothing(net, options):
 
 def test_rows_at_a_time_must_divide(net):
     quantized, variables = net
-    step = joint.make_step(quantized, TASK, SGD, uniform=uniform(quantized), rows_at_a_time=2)
+    step = joint.make_step(quantized, TASK, SGD, rows_at_a_time=2)
     with pytest.raises(Refusal, match=r"choose one of \[1, 3\]"):
-        step(joint.init_state(variables, SGD, 3), BATCH, jax.random.key(0))
+        step(joint.init_state(variables, SGD, 3), BATCH, jax.random.key(0), uniform(quantized))
 
 
 def test_affine_per_row(net):
@@ -107,7 +107,7 @@ def test_affine_per_row(net):
     state = joint.init_state(variables, SGD, 3, affine_per_row=True)
     assert set(state.rows["affine"]) == {"bn/scale", "bn/bias"}
     policies = uniform(quantized)
-    after, _ = joint.make_step(quantized, TASK, SGD, uniform=policies)(state, BATCH, jax.random.key(0))
+    after, _ = joint.make_step(quantized, TASK, SGD)(state, BATCH, jax.random.key(0), policies)
 
     def loss(params, i):
         out, _ = quantized.apply(
@@ -257,7 +257,7 @@ def test_keep_positive_and_partition(net):
     huge = optax.chain(optax.sgd(1e6), optimizers.keep_positive())
     optimizer = optimizers.partition(quantized, optax.set_to_zero(), huge)
     state = joint.init_state(variables, optimizer, 3)
-    after, _ = joint.make_step(quantized, TASK, optimizer, uniform=uniform(quantized))(state, BATCH, jax.random.key(0))
+    after, _ = joint.make_step(quantized, TASK, optimizer)(state, BATCH, jax.random.key(0), uniform(quantized))
     before_flat, after_flat = flax_seam.flatten(state.params), flax_seam.flatten(after.params)
     for path, leaf in after_flat.items():
         if path.endswith("step_size"):
@@ -301,9 +301,7 @@ def test_golden_step(net):
     optimizer = optimizers.partition(quantized, optax.set_to_zero(), optimizers.log_space(optax.sgd(0.5)))
     state = joint.init_state(variables, optimizer, 4)
     key = jax.random.key(11)
-    after, metrics = joint.make_step(quantized, TASK, optimizer, uniform=uniform(quantized), random=1)(
-        state, BATCH, key
-    )
+    after, metrics = joint.make_step(quantized, TASK, optimizer, random=1)(state, BATCH, key, uniform(quantized))
     drawn = np.asarray(metrics["assignment"])[0]
     searched = [layer.path for layer in quantized.layers if layer.searched]
     random_policy = {ly.path: ly.bits for ly in quantized.layers if ly.bits}

@@ -121,14 +121,16 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
 
 
 def _compared(table: Importance, budgets: Sequence[Budget], config: Config) -> list[Contestant]:
-    """The best uniform policy that fits, and random ones within 2 % of the budget."""
+    """The best uniform policy that fits, and random ones within 2 % of the budget (5 or 10 % for small networks)."""
     found: list[Contestant] = []
     uniform = best_uniform(table, budgets)
     if uniform is not None:
         found.append((f"uniform {uniform[0]}", [uniform[1]]))
-    others = random_policies(table, budgets, config.finetune.random_policies, seed=config.seed)
-    if others:
-        found.append(("random", others))
+    for within in (0.02, 0.05, 0.1):
+        others = random_policies(table, budgets, config.finetune.random_policies, seed=config.seed, within=within)
+        if others:
+            found.append(("random", others))
+            break
     return found
 
 

@@ -14,31 +14,11 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from mpq_jax.origins import INLINED, Origin, constant, propagate, subjaxprs
+
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
 # Products that no quantizer here can take apart; with a parameter in them they count as not reached.
 OTHER_CONTRACTIONS = ("ragged_dot_general", "ragged_dot")
-INLINED = ("jit", "pjit", "closed_call", "core_call")
-
-
-class Origin(NamedTuple):
-    """Where a value comes from.
-
-    leaves: paths of the parameters it was computed from, if from nothing but parameters and constants; else ().
-    data: whether an input of the model took part.
-    tensor: a number that stays the same through reshapes, transposes and casts.
-    nonnegative: whether it is known to be >= 0 whatever the input.
-    stack: which of the surrounding scans slice these leaves (0 is the outermost).
-    """
-
-    leaves: tuple[str, ...]
-    data: bool
-    tensor: int
-    nonnegative: bool
-    stack: tuple[int, ...] = ()
-
-    @property
-    def is_weight(self) -> bool:
-        return bool(self.leaves) and not self.data
 
 
 class Call(NamedTuple):
@@ -111,14 +91,9 @@ def interpret(
         Origin((leaf,), False, walk.fresh(), False) if leaf else Origin((), True, walk.fresh(), False)
         for leaf in leaves
     ]
-    constants = [_constant(walk, c) for c in closed.consts]
+    constants = [constant(walk.fresh, c) for c in closed.consts]
     outs, _, taps = _evaluate(walk, closed.jaxpr, [*closed.consts, *arguments], [*constants, *origins], values)
     return outs, taps, walk.trace
-
-
-def _constant(walk: _Walk, value: Any) -> Origin:
-    known = isinstance(value, (int, float, bool, np.ndarray, np.generic))
-    return Origin((), False, walk.fresh(), bool(known and np.all(np.asarray(value) >= 0)))
 
 
 def _evaluate(walk: _Walk, jaxpr: Any, arguments: Sequence[Any], origins: Sequence[Origin], values: dict[str, Any]):
@@ -128,7 +103,7 @@ def _evaluate(walk: _Walk, jaxpr: Any, arguments: Sequence[Any], origins: Sequen
 
     def read(atom):
         if isinstance(atom, core.Literal):
-            return atom.val, _constant(walk, atom.val)
+            return atom.val, constant(walk.fresh, atom.val)
         return env[atom]
 
     for variable, argument, origin in zip((*jaxpr.constvars, *jaxpr.invars), arguments, origins, strict=True):
@@ -148,12 +123,12 @@ def _equation(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], valu
     name = eqn.primitive.name
     if name in CONTRACTIONS:
         return _contraction(walk, eqn, ins, origins, values)
-    if any(_has_contraction(sub) for sub in _subjaxprs(eqn)):
+    if any(_has_contraction(sub) for sub in subjaxprs(eqn)):
         if name in INLINED:
             inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
             jaxpr, constants = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, [])
             return _evaluate(
-                walk, jaxpr, [*constants, *ins], [*(_constant(walk, c) for c in constants), *origins], values
+                walk, jaxpr, [*constants, *ins], [*(constant(walk.fresh, c) for c in constants), *origins], values
             )
         if name in ("checkpoint", "remat2", "remat"):
             return _checkpoint(walk, eqn, ins, origins, values)
@@ -163,7 +138,7 @@ def _equation(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], valu
     elif name in OTHER_CONTRACTIONS:
         _note_unreached(walk, eqn, origins)
     outs = _bind(eqn, ins)
-    return outs, _origins(walk, eqn, origins), {}
+    return outs, propagate(walk.fresh, eqn, origins), {}
 
 
 def _bind(eqn: Any, ins: list[Any]) -> list[Any]:
@@ -176,20 +151,10 @@ def _bind(eqn: Any, ins: list[Any]) -> list[Any]:
     return [None if isinstance(v, core.DropVar) else next(outs) for v in eqn.outvars]
 
 
-def _subjaxprs(eqn: Any) -> list[Any]:
-    found = []
-    for value in eqn.params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            item = getattr(item, "jaxpr", item) if not hasattr(item, "eqns") else item
-            if hasattr(item, "eqns"):
-                found.append(item)
-    return found
-
-
 def _has_contraction(jaxpr: Any) -> bool:
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return any(
-        e.primitive.name in (*CONTRACTIONS, *OTHER_CONTRACTIONS) or any(_has_contraction(s) for s in _subjaxprs(e))
+        e.primitive.name in (*CONTRACTIONS, *OTHER_CONTRACTIONS) or any(_has_contraction(s) for s in subjaxprs(e))
         for e in jaxpr.eqns
     )
 
@@ -210,7 +175,7 @@ def _note_unreached(walk: _Walk, eqn: Any, origins: list[Origin]) -> None:
 def _contraction(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[str, Any]):
     lhs, rhs = origins
     macs = contraction_macs(eqn.primitive.name, eqn.params, *(v.aval for v in (*eqn.invars, *eqn.outvars)))
-    out_origin = _origins(walk, eqn, origins)
+    out_origin = propagate(walk.fresh, eqn, origins)
     if lhs.is_weight == rhs.is_weight or not (lhs.data or rhs.data):
         # Two activations, or two parameters: the latter's result is a weight itself, seen where it meets data.
         if lhs.data and rhs.data:
@@ -293,7 +258,7 @@ def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: 
     ]
     sliced_values = {leaf: value for leaf, value in values.items() if leaf in sliced}
     shared_values = {leaf: value for leaf, value in values.items() if leaf not in sliced}
-    constants = [_constant(walk, c) for c in closed.consts]
+    constants = [constant(walk.fresh, c) for c in closed.consts]
     found: list[Any] = []
 
     def body(carry, slices):
@@ -333,102 +298,3 @@ def _counted_once(walk: _Walk, body: Callable[..., Any]) -> Callable[..., Any]:
         return body(*arguments)
 
     return counted
-
-
-# ---- origins ------------------------------------------------------------------------------------------------------
-
-_SAME_TENSOR = (
-    "reshape",
-    "transpose",
-    "squeeze",
-    "expand_dims",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "optimization_barrier",
-    "broadcast_in_dim",
-    "reduce_precision",
-)
-_KEEPS_SIGN = (
-    *_SAME_TENSOR,
-    "slice",
-    "dynamic_slice",
-    "rev",
-    "gather",
-    "reduce_max",
-    "reduce_min",
-    "reduce_sum",
-    "reduce_window_max",
-    "reduce_window_sum",
-    "reduce_window_min",
-    "reduce_window",
-    "cumsum",
-    "cummax",
-    "sqrt",
-    "rsqrt",
-    "tanh",
-    "log1p",
-    "expm1",
-    "sign",
-    "floor",
-    "ceil",
-    "round",
-)
-_ALL_NONNEGATIVE = ("add", "add_any", "mul", "div", "min", "concatenate", "pad", "rem", "pow", "dot_general")
-_NEVER_NEGATIVE = ("exp", "exp2", "logistic", "abs", "square", "iota", "argmax", "argmin", "random_bits")
-
-
-def _origins(walk: _Walk, eqn: Any, origins: list[Origin]) -> list[Origin]:
-    """The origins of an equation's outputs."""
-    name = eqn.primitive.name
-    data = any(o.data for o in origins)
-    weights = [] if data else [o for o in origins if o.leaves]
-    leaves = tuple(dict.fromkeys(leaf for o in weights for leaf in o.leaves))
-    stack = max((o.stack for o in weights), key=len, default=())
-    inner = _inner_signs(walk, eqn, origins)
-    result = []
-    for k in range(len(eqn.outvars)):
-        nonnegative = inner[k] if inner is not None else _nonnegative(name, eqn, origins)
-        tensor = origins[0].tensor if name in _SAME_TENSOR and origins else walk.fresh()
-        result.append(Origin(leaves, data, tensor, nonnegative, stack))
-    return result
-
-
-def _nonnegative(name: str, eqn: Any, origins: list[Origin]) -> bool:
-    signs = [o.nonnegative for o in origins]
-    if name in _NEVER_NEGATIVE:
-        return True
-    if name == "integer_pow":
-        return eqn.params["y"] % 2 == 0 or signs[0]
-    if name == "max":
-        return any(signs)
-    if name == "clamp":
-        return signs[0]
-    if name == "select_n":
-        return all(signs[1:])
-    if name == "mul" and eqn.invars[0] is eqn.invars[1]:
-        return True
-    if name in _ALL_NONNEGATIVE:
-        return all(signs)
-    return bool(signs) and name in _KEEPS_SIGN and signs[0]
-
-
-def _inner_signs(walk: _Walk, eqn: Any, origins: list[Origin]) -> list[bool] | None:
-    """Signs of the outputs of a call (jax.nn.relu is one), by walking its body; None where it has none such."""
-    name = eqn.primitive.name
-    if name not in (*INLINED, "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "checkpoint"):
-        return None
-    bodies = _subjaxprs(eqn)
-    if not bodies or len(bodies[0].invars) != len(origins):
-        return None
-    env: dict[Any, Origin] = dict(zip(bodies[0].invars, origins, strict=True))
-
-    def read(atom):
-        if isinstance(atom, core.Literal):
-            return _constant(walk, atom.val)
-        return env.get(atom, Origin((), False, -1, False))
-
-    for inner in bodies[0].eqns:
-        outs = _origins(walk, inner, [read(a) for a in inner.invars])
-        env.update(zip(inner.outvars, outs, strict=True))
-    return [read(a).nonnegative for a in bodies[0].outvars]

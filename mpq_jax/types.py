@@ -145,7 +145,7 @@ class QuantizedModel(NamedTuple):
     """A Flax model, unmodified, with bits and step sizes as arguments.
 
     layers: the layer table in execution order, fixed and float layers included.
-    specs: parameter leaf path -> quantize.LayerSpec: what applying needs to know of the layers that the leaf holds.
+    specs: parameter leaf path -> layers.LayerSpec: what applying needs to know of the layers that the leaf holds.
     products: products of two activations that were found: (where, macs); not quantized, not counted unless asked.
     bit_widths, activation_bit_widths: the global candidates.
     quantizer: the method.

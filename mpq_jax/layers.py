@@ -1,0 +1,244 @@
+"""Finding the layers of a model: one abstract trace tells which products meet a parameter, their shapes and MACs."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from mpq_jax import flax_seam, ops
+from mpq_jax.interpret import Call, Trace, interpret
+from mpq_jax.rules import Candidates, Rules, first_match, parse_value
+from mpq_jax.types import Bits, Layer, Refusal
+
+MAX_BITS = 16  # float32 holds every code and every product of a code and a step size up to here
+
+
+class LayerSpec(NamedTuple):
+    """What applying needs to know of the layers that one parameter leaf holds (one, or a scanned stack of N).
+
+    leaf: path of the parameter, e.g. "block1/conv1/kernel".
+    names: {"weight": prefix, "activation": prefix} of the step-size leaves beside it, full paths.
+    paths: layer paths, N of them in stack order.
+    stack: lengths of the scans that slice the leaf; () where there is no stack.
+    shared: positions, among all surrounding scans, of those that run the same layer again.
+    weight_bit_widths, activation_bit_widths: widths that step sizes are kept for (K of them).
+    signed: whether the activations can be negative.
+    in_float: per path, whether it is left in float.
+    kind: "dense", "conv" or "depthwise".
+    """
+
+    leaf: str
+    names: Mapping[str, str]
+    paths: tuple[str, ...]
+    stack: tuple[int, ...]
+    shared: tuple[int, ...]
+    weight_bit_widths: tuple[int, ...]
+    activation_bit_widths: tuple[int, ...]
+    signed: bool
+    in_float: tuple[bool, ...]
+    kind: str
+
+
+class Site(NamedTuple):
+    """What one trace tells of a leaf: its calls, and the shapes of their operands."""
+
+    calls: list[Call]
+    weight: jax.ShapeDtypeStruct
+    inputs: int
+    outputs: int
+
+
+def check_widths(widths: Sequence[int], what: str) -> tuple[int, ...]:
+    widths = tuple(int(b) for b in widths)
+    if not widths or len(set(widths)) < len(widths) or not all(2 <= b <= MAX_BITS for b in widths):
+        raise Refusal(f"{what} {widths} must be distinct integers from 2 to {MAX_BITS}, e.g. (2, 3, 4, 5, 6)")
+    return tuple(sorted(widths))
+
+
+def interpreted(seam, variables, values, handler, inputs, kwargs, mutable, rngs):
+    """Traces the model's call and interprets the jaxpr with the handler. -> (outputs, updates, taps, Trace)"""
+    arrays, rebuild = flax_seam.split_arrays((variables, tuple(inputs), dict(kwargs), rngs))
+
+    def call(arrays):
+        variables, inputs, kwargs, rngs = rebuild(arrays)
+        return seam.run(variables, inputs, kwargs, mutable, rngs)
+
+    jaxpr, shape = jax.make_jaxpr(call, return_shape=True)(arrays)
+    # Parameters come first among the arrays, under the paths they have in the tree.
+    marked = {
+        collection: (flax_seam.unflatten({p: p for p in flax_seam.flatten(tree)}) if collection == "params" else tree)
+        for collection, tree in variables.items()
+    }
+    leaves = [leaf if isinstance(leaf, str) else None for leaf in jax.tree.leaves(marked)]
+    leaves += [None] * (len(arrays) - len(leaves))
+    flat, taps, trace = interpret(jaxpr, arrays, leaves, values, handler)
+    outputs, updates = jax.tree.unflatten(jax.tree.structure(shape), flat)
+    return outputs, updates, taps, trace
+
+
+def discover(seam, shapes, inputs, kwargs) -> tuple[dict[str, Site], Trace]:
+    """One abstract walk: leaf -> Site, in execution order."""
+    calls: dict[tuple[str, int], tuple[Call, Any, int, int]] = {}
+    traces = []
+
+    def record(call, lhs, rhs, _):
+        operands = (lhs, rhs)
+        weight, activation = operands[call.weight_side], operands[1 - call.weight_side]
+        out = ops.contract(call.primitive, call.params, "plain")(lhs, rhs)
+        calls[call.leaf, call.number] = (
+            call,
+            jax.ShapeDtypeStruct(weight.shape, weight.dtype),
+            activation.size,
+            out.size,
+        )
+        return out, None
+
+    arrays, rebuild = flax_seam.split_arrays((shapes, tuple(inputs), dict(kwargs)))
+
+    def trace(arrays):
+        variables, inputs, kwargs = rebuild(arrays)
+        outputs, _, _, trace = interpreted(seam, variables, {}, record, inputs, kwargs, False, None)
+        traces.append(trace)
+        return outputs
+
+    jax.eval_shape(trace, arrays)
+    sites: dict[str, Site] = {}
+    for (leaf, _), (call, weight, n_in, n_out) in calls.items():
+        if leaf in sites:
+            sites[leaf].calls.append(call)
+        else:
+            sites[leaf] = Site([call], weight, n_in, n_out)
+    if not sites:
+        raise Refusal("the model has no product of data with a parameter: there is nothing to quantize")
+    return sites, traces[-1]
+
+
+def in_order(sites: Mapping[str, Site], paths: Mapping[str, Sequence[str]]) -> list[tuple[str, int]]:
+    """(leaf, position in its stack) of every layer in execution order: a stack's first iteration before its second."""
+    # Neighbouring leaves under the same scans form one stack.
+    groups = itertools.groupby(sites, key=lambda leaf: (sites[leaf].calls[0].scans, sites[leaf].calls[0].stack))
+    order = []
+    for _, group in groups:
+        leaves = list(group)
+        order += [(leaf, i) for i in range(len(paths[leaves[0]])) for leaf in leaves]
+    return order
+
+
+def check_reached(trace: Trace, rules: Rules) -> None:
+    for where, primitive, leaves in trace.unreached:
+        if not all(parse_value(first_match(rules, leaf) or (2, 2)) == "float" for leaf in leaves):
+            raise Refusal(
+                f"a product with parameter {leaves[0]!r} lies inside a {primitive} (at {where}) and cannot be quantized; "
+                f'leave it in float with the rule ("{leaves[0]}", "float"), or pass allow_unreached=True'
+            )
+
+
+def layer_paths(sites: Mapping[str, Site]) -> dict[str, tuple[str, ...]]:
+    """leaf -> layer paths: the module's path, or the leaf's where a module has several; "[i]" within a stack."""
+    modules = [leaf.rpartition("/")[0] for leaf in sites]
+    result = {}
+    for leaf, site in sites.items():
+        module = leaf.rpartition("/")[0]
+        base = module if module and modules.count(module) == 1 else leaf
+        result[leaf] = tuple(base + index for index in _stack_indices(_stack_lengths(site.calls[0])))
+    return result
+
+
+def _stack_lengths(call: Call) -> tuple[int, ...]:
+    return tuple(call.scans[depth] for depth in call.stack)
+
+
+def _stack_indices(stack: tuple[int, ...]) -> list[str]:
+    indices = [""]
+    for length in stack:
+        indices = [f"{prefix}[{i}]" for prefix in indices for i in range(length)]
+    return indices
+
+
+def choice_of(path: str, paths: Sequence[str], rules: Rules, ends: Bits | None, default: Candidates) -> Any:
+    value = first_match(rules, path)
+    if value is None:
+        return ends if ends is not None and path in (paths[0], paths[-1]) else default
+    value = parse_value(value)
+    if isinstance(value, Candidates):
+        return Candidates(
+            check_widths(value.w, f"rule for {path}: weight bits"),
+            check_widths(value.a, f"rule for {path}: activation bits"),
+        )
+    if isinstance(value, Bits):
+        check_widths((value.w,), f"rule for {path}: weight bits")
+        check_widths((value.a,), f"rule for {path}: activation bits")
+    return value
+
+
+def spec_of(leaf, site: Site, paths, choices, signed, quantizer) -> LayerSpec:
+    call = site.calls[0]
+    weight_widths: set[int] = set()
+    activation_widths: set[int] = set()
+    for path in paths:
+        choice = choices[path]
+        if choice != "float":
+            w, a = choice if isinstance(choice, Candidates) else ((choice.w,), (choice.a,))
+            weight_widths |= set(w)
+            activation_widths |= set(a)
+    module, _, name = leaf.rpartition("/")
+    prefix = f"{module}/" if module else ""
+    own = "" if paths[0].split("[")[0] == module else f"{name}_"
+    override = next((v for v in (first_match(signed, p) for p in paths) if v is not None), None)
+    return LayerSpec(
+        leaf=leaf,
+        names={"weight": f"{prefix}{own}weight_", "activation": f"{prefix}{own}activation_"},
+        paths=paths,
+        stack=_stack_lengths(call),
+        shared=tuple(d for d in range(len(call.scans)) if d not in call.stack),
+        weight_bit_widths=tuple(sorted(weight_widths)),
+        activation_bit_widths=tuple(sorted(activation_widths)),
+        signed=override if override is not None else not all(c.activation.nonnegative for c in site.calls),
+        in_float=tuple(choices[path] == "float" for path in paths),
+        kind=_kind(call, site.weight),
+    )
+
+
+def _kind(call: Call, weight: jax.ShapeDtypeStruct) -> str:
+    if call.primitive == "dot_general":
+        return "dense"
+    groups = call.params["feature_group_count"]
+    per_group = weight.shape[call.params["dimension_numbers"].rhs_spec[1]]
+    return "depthwise" if groups > 1 and per_group == 1 else "conv"
+
+
+def layer_table(sites, specs, choices, order, batch, default: Candidates, tie: bool) -> tuple[Layer, ...]:
+    readers: dict[int, list[str]] = {}
+    for leaf, site in sites.items():
+        for call in site.calls:
+            group = readers.setdefault(call.activation.tensor, [])
+            if leaf not in group:
+                group.append(leaf)
+    tied = {
+        leaf: specs[group[0]].paths[0].split("[")[0] + "/in"
+        for group in readers.values()
+        if len(group) > 1
+        for leaf in group
+    }
+    layers = []
+    for leaf, i in order:
+        spec, site, path = specs[leaf], sites[leaf], specs[leaf].paths[i]
+        choice, macs = choices[path], sum(c.macs * math.prod(c.scans) for c in site.calls) // len(spec.paths)
+        searched = isinstance(choice, Candidates)
+        layers.append(
+            Layer(
+                path=path,
+                params=math.prod(site.weight.shape),
+                macs=macs // batch,
+                searched=searched,
+                bits=None if searched else Bits(32, 32) if choice == "float" else choice,
+                tied=tied[leaf] + _stack_indices(spec.stack)[i] if tie and searched and leaf in tied else None,
+                inputs=site.inputs // batch,
+                outputs=site.outputs // batch,
+                weight_bit_widths=choice.w if searched and choice.w != default.w else None,
+                activation_bit_widths=choice.a if searched and choice.a != default.a else None,
+            )
+        )
+    return tuple(layers)

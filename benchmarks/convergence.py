@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -23,30 +24,18 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mpq_jax import joint, stages
-from mpq_jax.config import Config, Data, Joint, Model, Pretrain, Quantize
+from mpq_jax.config import PAPER_JOINT, Config, Data, Joint, Model, Pretrain, Quantize
 from mpq_jax.criteria.learned import learned
-
-PAPER = {
-    "weights": "trained",
-    "step_size_optimizer": "sgd",
-    "learning_rate": 0.01,
-    "end_learning_rate": 1e-5,
-    "error_weight": 0.0,
-    "same_bits": True,
-    "affine_per_row": True,
-    "label_smoothing": 0.1,
-}
 
 
 def config_of(model: str, seed: int, recipe: str, start: str, steps: int, pretrain_steps: int) -> Config:
-    extra = PAPER if recipe == "paper" else {}
     return Config(
         seed=seed,
         data=Data(name="fashion_mnist"),
         model=Model(name=model),
         quantize=Quantize(start=start),
         pretrain=Pretrain(steps=pretrain_steps),
-        joint=Joint(steps=steps, batch_size=64, **extra),
+        joint=replace(PAPER_JOINT if recipe == "paper" else Joint(), steps=steps, batch_size=64),
     )
 
 

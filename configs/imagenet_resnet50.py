@@ -1,14 +1,16 @@
 """ImageNet, ResNet-50; alpha 2 as in the public code.
 
-The hyper-parameters are the paper's (Tang et al. 2022, read in its public code): all weights and step sizes by SGD,
-one copy of every normalisation a bit-width, weight and activation bits of the random row drawn together, fine-tuning
-from the float checkpoint. First convolution and classifier stay at 8 bits. Not run in full here.
+The paper's hyper-parameters (mpq_jax.config.PAPER_JOINT and PAPER_FINETUNE); first convolution and classifier stay at
+8 bits. Not run in full here: two steps on made images, by benchmarks/imagenet_steps.py.
 
-  python train.py  --config configs/imagenet_resnet50.py --workdir runs/imagenet_resnet50 --model.weights resnet50.safetensors
+  python train.py  --config configs/imagenet_resnet50.py --workdir runs/imagenet_resnet50 \\
+      --model.weights resnet50.safetensors
   python search.py --workdir runs/imagenet_resnet50 --budget bitops=W3A4
 """
 
-from mpq_jax.config import Config, Data, Finetune, Joint, Model, Pretrain, Quantize
+from dataclasses import replace
+
+from mpq_jax.config import PAPER_FINETUNE, PAPER_JOINT, Config, Data, Model, Pretrain, Quantize
 
 BATCH = 512
 STEPS_AN_EPOCH = int(1_281_167 * 0.98) // BATCH
@@ -18,33 +20,8 @@ config = Config(
     model=Model(name="resnet50"),
     quantize=Quantize(bit_widths=(2, 3, 4, 5, 6), ends="8,8", start="statistics"),
     pretrain=Pretrain(steps=0, epochs=90, batch_size=BATCH, learning_rate=0.2, weight_decay=1e-4, label_smoothing=0.1),
-    joint=Joint(
-        steps=0,
-        epochs=3,
-        batch_size=BATCH,
-        weights="trained",
-        learning_rate=0.01,
-        end_learning_rate=1e-5,
-        momentum=0.9,
-        weight_decay=2.5e-5,
-        clip=1.0,
-        step_size_optimizer="sgd",
-        error_weight=0.0,
-        same_bits=True,
-        affine_per_row=True,
-        label_smoothing=0.1,
-        alpha="2",
-    ),
-    finetune=Finetune(
-        start="float",
-        steps=0,
-        epochs=95,
-        batch_size=BATCH,
-        learning_rate=0.04,
-        weight_decay=2.5e-5,
-        warmup_steps=5 * STEPS_AN_EPOCH,
-        label_smoothing=0.1,
-    ),
+    joint=replace(PAPER_JOINT, epochs=3, batch_size=BATCH, alpha="2"),
+    finetune=replace(PAPER_FINETUNE, batch_size=BATCH, warmup_steps=5 * STEPS_AN_EPOCH),
     eval_batch_size=250,
     checkpoint_every=1000,
 )

@@ -117,6 +117,26 @@ class Config:
     log_every: int = 20  # steps
 
 
+# The paper's own recipe, as read in its public code (Tang et al. 2022); epochs and batch size are each experiment's.
+PAPER_JOINT = Joint(
+    steps=0,
+    weights="trained",
+    learning_rate=0.01,
+    end_learning_rate=1e-5,
+    momentum=0.9,
+    weight_decay=2.5e-5,
+    clip=1.0,
+    step_size_optimizer="sgd",
+    error_weight=0.0,
+    same_bits=True,
+    affine_per_row=True,
+    label_smoothing=0.1,
+)
+PAPER_FINETUNE = Finetune(
+    start="float", steps=0, epochs=95, learning_rate=0.04, weight_decay=2.5e-5, label_smoothing=0.1
+)
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The `config` that a config file defines, with command-line overrides (["--joint.steps", "100"]).
 

@@ -283,6 +283,7 @@ def make_step(
         uniform draw.
     rows_at_a_time: map so many rows at once and accumulate (0: all). Must divide P.
     average: decay of the moving average of the parameters (0: none).
+    dropout: give the model a "dropout" stream each step (Linen; an NNX model carries its own).
     The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
     """
 
@@ -361,25 +362,29 @@ def make_evaluate(model: QuantizedModel, task: Task):
             right, count = task.correct(outputs, batch)
             return task.loss(outputs, batch) * count, right, count
 
-        losses, right, count = jax.vmap(row)(stats, policies)
+        # The float model without statistics has nothing to map over: one row.
+        mapped = jax.tree.leaves((stats, policies))
+        losses, right, count = jax.vmap(row, axis_size=len(mapped[0]) if mapped else 1)(stats, policies)
         return losses, right, count[0]
 
     return evaluate
 
 
-def make_batch_statistics(model: QuantizedModel, task: Task):
+def make_batch_statistics(model: QuantizedModel, task: Task, dropout: bool = False):
     """statistics(params, stats [P, ...], policies, batch) -> the batch's own normalisation statistics [P, ...].
 
     A normalisation layer only ever shows m * old + (1 - m) * batch, with a momentum m of its own. Running it from
     old = 0 and from old = 1 gives both m and the batch's statistics, whatever the model.
     """
 
+    rngs = {"dropout": jax.random.key(0)} if dropout else None
+
     def statistics(params, stats, policies, batch):
         def row(stats, policy):
             def updated(old):
                 variables = {"params": params, **stats, "batch_stats": old}
                 _, new = model.apply(
-                    variables, policy, *task.inputs(batch), mutable=["batch_stats"], **task.train_kwargs
+                    variables, policy, *task.inputs(batch), mutable=["batch_stats"], rngs=rngs, **task.train_kwargs
                 )
                 return new["batch_stats"]
 

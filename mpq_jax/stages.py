@@ -53,9 +53,14 @@ def open_run(config: Config, workdir: Path) -> Run:
         dataset,
         model,
         variables,
-        statistics=jax.jit(joint.make_batch_statistics(model, task)),
+        statistics=jax.jit(joint.make_batch_statistics(model, task, dropout=_is_linen(model))),
         evaluate=jax.jit(joint.make_evaluate(model, task)),
     )
+
+
+def _is_linen(model: QuantizedModel) -> bool:
+    """Linen models take random streams in their call; NNX models carry their own, beside their variables."""
+    return model.variables is None
 
 
 # ---- the loop all stages share ------------------------------------------------------------------------------------
@@ -100,7 +105,7 @@ def train(
             return state
         pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         stream = iter(batches(first))
-        with progress(range(first, steps), total=steps - first, label=stage) as bar:
+        with progress(range(first, steps), total=steps - first, label=stage.partition("/")[0]) as bar:
             for i in bar:
                 state, metrics = step(state, next(stream), key, fixed)
                 pending.append((i, metrics))
@@ -176,7 +181,8 @@ def pretrain(run: Run) -> Mapping[str, Any]:
         settings.momentum,
         settings.weight_decay,
     )
-    step = joint.make_step(run.model, joint.classification(settings.label_smoothing), optimizer)
+    task = joint.classification(settings.label_smoothing)
+    step = joint.make_step(run.model, task, optimizer, dropout=_is_linen(run.model))
     state = joint.init_state(run.variables, optimizer, 1)
     batches = _train_batches(run, settings.batch_size, "pretrain")
     return joint.row_variables(train(run, "pretrain", state, compile_step(step), steps, batches, ["float"]), 0)
@@ -234,6 +240,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
         distill=joint.Distill(settings.distill) if settings.distill else None,
         error_weight=settings.error_weight,
         average=settings.average,
+        dropout=_is_linen(model),
     )
     state = joint.init_state(
         variables, optimizer, len(names), affine_per_row=settings.affine_per_row, average=settings.average > 0
@@ -321,7 +328,7 @@ def finetuner(run: Run, teacher: Mapping[str, Any]) -> Callable[..., Mapping[str
         optimizer = optax.MultiSteps(optimizer, settings.accumulate)
     task = joint.classification(settings.label_smoothing)
     distill = joint.Distill(settings.distill, "given") if settings.distill else None
-    step = joint.make_step(model, task, optimizer, distill=distill, average=settings.average)
+    step = joint.make_step(model, task, optimizer, distill=distill, average=settings.average, dropout=_is_linen(model))
     compiled = compile_step(_taught(step, model, task, teacher) if distill else step)
     batches = _train_batches(run, settings.batch_size, "finetune")
 

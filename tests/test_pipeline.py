@@ -180,3 +180,17 @@ def test_fit_alpha_finds_the_alpha_of_made_losses():
     table = Importance("learned", widths, widths, layers, weight, activation)
     assert abs(np.log(fit_alpha(table, log) / 3.0)) < 0.1
     assert fit_alpha(table, log._replace(**{k: getattr(log, k)[:4] for k in log._fields})) == 1.0
+
+
+def test_dropout_scan_and_no_batch_statistics(place, tmp_path):
+    """A Linen ViT, its blocks scanned, with dropout and without BatchNorm, from training to a report."""
+    options = '{"depth": 2, "dim": 16, "heads": 2, "patch_size": 4, "dropout": 0.1, "scan": true}'
+    more = ["--model.name", "vit", "--model.options", options, "--finetune.compare", "false", "--joint.steps", "3"]
+    command = ["--config", str(place / "tiny.py"), "--workdir", str(tmp_path / "vit"), *more]
+    assert train.main(command) == 0
+    table = load_importance(tmp_path / "vit" / "importance.json")
+    assert sum("[1]" in layer.path for layer in table.layers) == 6  # query, key, value, out, fc1, fc2
+    assert search.main(["--workdir", str(tmp_path / "vit"), "--budget", "bitops=W3A3"]) == 0
+    assert train.main([*command, "--policy", str(tmp_path / "vit" / "policy.json")]) == 0
+    rows = json.loads((tmp_path / "vit" / "results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["float", "mixed"]

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpq_jax.config import Parser
 from mpq_jax.types import Refusal
 
 OPTIONS = [
@@ -32,14 +33,9 @@ OPTIONS = [
 ]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise Refusal(f"{message} (search.py --help lists all options)")
-
-
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Arguments; refuses what can be refused before CVXPY or JAX is imported."""
-    parser = _Parser(prog="search.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="search.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add(
         "--budget",

@@ -17,7 +17,7 @@ from mpq_jax.types import Refusal
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Config]:
     """Arguments and config; refuses what can be refused before anything heavy is imported."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = config_lib.Parser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="a config file, e.g. configs/digits.py")
     parser.add_argument("--workdir", help="where the run is kept; default: runs/<name of the config>")
     parser.add_argument("--policy", help="fine-tune with this policy.json (from search.py) and report")

@@ -7,7 +7,7 @@ import json
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from mpq_jax.types import Refusal
 
@@ -222,6 +222,13 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line: it raises Refusal in place of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Refusal(f"{message} ({self.prog} --help lists all options)")
 
 
 def add_help(parser: argparse.ArgumentParser, config: Config | None = None) -> None:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from mpq_jax import flax_seam
+from mpq_jax.policy import stack
+from mpq_jax.policy import uniform as uniform_policy
 from mpq_jax.types import Bits, Layer, QuantizedModel, Refusal
 
 Batch = Mapping[str, jax.Array]
@@ -89,20 +91,8 @@ def uniform_rows(layers: Sequence[Layer], bit_widths: Sequence[int], activation_
     A layer without that width takes the candidate nearest to it (the lower of two).
     """
     every = sorted({*bit_widths, *activation_bit_widths})
-
-    def nearest(bits, candidates):
-        return min(candidates, key=lambda c: (abs(c - bits), c))
-
-    def row(layer: Layer, bits: int) -> Bits:
-        if layer.bits is not None:
-            return layer.bits
-        return Bits(
-            nearest(bits, layer.weight_bit_widths or bit_widths),
-            nearest(bits, layer.activation_bit_widths or activation_bit_widths),
-        )
-
-    rows = {layer.path: [row(layer, b) for b in every] for layer in layers}
-    return {path: Bits(*(jnp.asarray(x, jnp.int32) for x in zip(*bits, strict=True))) for path, bits in rows.items()}
+    rows = [uniform_policy(layers, b, b, bit_widths, activation_bit_widths) for b in every]
+    return jax.tree.map(jnp.asarray, stack(rows))
 
 
 def random_rows(
@@ -273,14 +263,12 @@ def make_step(
     error_weight: float = 0.0,
     average: float = 0.0,
     dropout: bool = False,
-    sample: Callable[[jax.Array], Mapping[str, Bits]] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """step(state, batch, key, fixed) -> (state, {"losses": [P], "assignment": int32 [R, L, 2], "gradient_norm": []}).
 
     fixed: the stack of rows that stay from step to step (the uniform ones; the policy in fine-tuning), an argument of
         the step, so that other policies are no other program; None: one float row.
-    random: R rows drawn anew each step from `key` and the state's step number; sample(key) -> stack replaces the
-        uniform draw.
+    random: R rows drawn anew each step from `key` and the state's step number.
     rows_at_a_time: map so many rows at once and accumulate (0: all). Must divide P.
     average: decay of the moving average of the parameters (0: none).
     dropout: give the model a "dropout" stream each step (Linen; an NNX model carries its own).
@@ -288,8 +276,6 @@ def make_step(
     """
 
     def draw(key):
-        if sample is not None:
-            return sample(key)
         return random_rows(key, model.layers, model.bit_widths, model.activation_bit_widths, random, same_bits)
 
     def gradients(state, policies, batch, rngs):

@@ -21,10 +21,11 @@ WEIGHT, ACTIVATION = "#0072B2", "#D55E00"
 FIXED_WEIGHT, FIXED_ACTIVATION = "#777777", "#BBBBBB"
 FLOAT = 16  # wider than this is float: its bar would flatten all others
 LABELS_UP_TO = 16  # levels whose counts are written above the bars
+LONGEST = 40  # characters of a path beside an axis; the tables have all of it
 
 
 def _figure(layers: int, height: float, per_layer: float = 0.3) -> Figure:
-    """A figure as wide as its layers need, between 6.5 and 18 inches, that belongs to Agg alone."""
+    """A figure as wide as `layers` need, between 6.5 and 18 inches, that belongs to Agg alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -34,7 +35,11 @@ def _figure(layers: int, height: float, per_layer: float = 0.3) -> Figure:
 
 
 def _layer_axis(axes: Any, paths: Sequence[str], margin: float = 0.5) -> None:
-    axes.set_xticks(range(len(paths)), paths, rotation=90, fontsize=8 if len(paths) < 30 else 7)
+    """Names the layers below `axes`, and makes its figure higher where names are long: panels keep their height."""
+    labels = [path if len(path) <= LONGEST else "…" + path[1 - LONGEST :] for path in paths]
+    axes.set_xticks(range(len(paths)), labels, rotation=90, fontsize=8 if len(paths) < 30 else 7)
+    figure = axes.get_figure()
+    figure.set_figheight(figure.get_figheight() + 0.07 * max(0, max(map(len, labels), default=0) - 16))
     axes.set_xlim(-margin, len(paths) - 1 + margin)
     axes.set_xlabel("layer, in execution order")
 

@@ -54,6 +54,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--describe", action="store_true", help="layers, parameters, MACs and uniform costs; no data, no training")
     add("--json", action="store_true", help="with --describe: JSON and nothing else")
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.json and not arguments.describe:
+        raise Refusal("--json goes with --describe; leave it out, or add --describe --config …")
     if rest and not (arguments.describe and arguments.config):
         near = difflib.get_close_matches(rest[0].partition("=")[0], OPTIONS, n=1, cutoff=0.0)
         raise Refusal(f"unknown option {rest[0]}; the nearest is {near[0]} (search.py --help lists all)")
@@ -75,6 +77,17 @@ def newest_run(root: Path = Path("runs")) -> Path:
     if not files:
         raise Refusal(f"no run under {root}/ has an importance.json; train one, or give --workdir or --importance")
     return files[-1].parent
+
+
+def check_out(out: Path, read: Sequence[Path | None]) -> None:
+    """Raises Refusal for a place where no policy can be written, or where it would replace a file that is read."""
+    if out.is_dir():
+        raise Refusal(f"--out {out} is a folder; name a file, e.g. --out {out / 'policy.json'}")
+    if any(path is not None and path.exists() and out.exists() and out.samefile(path) for path in read):
+        raise Refusal(f"--out {out} would replace a file that this search reads; give another --out")
+    above = next((parent for parent in out.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise Refusal(f"--out {out} cannot be written: {above} is no folder; give another --out")
 
 
 def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -110,6 +123,8 @@ def search(arguments: argparse.Namespace) -> None:
             )
     elif arguments.workdir is not None:
         raise Refusal("--workdir and --importance both name a table; give one of them")
+    out = arguments.out or path.parent / "policy.json"
+    check_out(out, (path, arguments.latency))
     importance = importances.load_importance(path)
     latency = costs.load_latency(arguments.latency) if arguments.latency else None
     budgets = costs.parse_budgets(
@@ -134,8 +149,10 @@ def search(arguments: argparse.Namespace) -> None:
     from mpq_jax.search import solve
 
     solution = solve(importance, budgets, alpha=alpha, time_limit=arguments.time_limit)
-    out = arguments.out or path.parent / "policy.json"
-    save_policy(out, solution, importances.sha256(path))
+    try:
+        save_policy(out, solution, importances.sha256(path))
+    except OSError as error:
+        raise Refusal(f"{out} cannot be written: {error.strerror}; give another --out") from None
     show(importance, budgets, solution, alpha, arguments.random)
     print(f"policy: {out}")
 
@@ -176,6 +193,8 @@ def show(importance, budgets, solution, alpha, count: int) -> None:
     if others:
         values = [total(importance, other, alpha) for other in others]
         print(f"  random         {np.mean(values):.6g}  (mean of {len(values)} within 2 % of {budgets[0].text})")
+    elif count > 0:
+        print(f"  random         none found within 2 % of {budgets[0].text}")
     try:
         wrong = solve(reversed_importance(importance), budgets, alpha=alpha, time_limit=10.0)
         print(f"  reversed       {total(importance, wrong.policy, alpha):.6g}  (important layers get fewer bits)")

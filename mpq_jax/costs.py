@@ -1,8 +1,9 @@
 """Costs: from the layer table and a text such as "bitops=W3A4" to a Budget, in exact integers. No JAX."""
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,11 @@ EXAMPLES = {
     "size": "size=W3, size=8MB, size=256KB or size=12.2x",
     "latency": "latency=3ms (with --latency latency.json)",
 }
-_NUMBER = r"(\d+(?:\.\d+)?)"
+# Digits of ASCII, and not so many that Python refuses to read them.
+_NUMBER = r"([0-9]{1,18}(?:\.[0-9]{1,18})?)"
+_WIDTH = r"([1-9]|[12][0-9]|3[0-2])"
 Latency = Mapping[str, Mapping[tuple[int, int], float]]
+MOST_MS = 1e12  # thirty years: no measurement, and sums stay far from overflow
 
 
 # ---- what a layer costs -------------------------------------------------------------------------------------------
@@ -78,7 +82,7 @@ class _Kind(NamedTuple):
 
 
 def _bitops_limit(text: str, layers: Sequence[Layer]) -> int | None:
-    if found := re.fullmatch(r"W(\d+)A(\d+)", text):
+    if found := re.fullmatch(f"W{_WIDTH}A{_WIDTH}", text):
         return bitops(layers, _at(layers, int(found[1]), int(found[2])))
     if found := re.fullmatch(_NUMBER + r"([KMGT])", text):
         return int(Fraction(found[1]) * {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[found[2]])
@@ -88,7 +92,7 @@ def _bitops_limit(text: str, layers: Sequence[Layer]) -> int | None:
 
 
 def _size_limit(text: str, layers: Sequence[Layer]) -> int | None:
-    if found := re.fullmatch(r"W(\d+)", text):
+    if found := re.fullmatch(f"W{_WIDTH}", text):
         return size(layers, _at(layers, int(found[1]), 32))
     if found := re.fullmatch(_NUMBER + r"(B|KB|MB|GB)", text):
         return int(Fraction(found[1]) * {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}[found[2]])
@@ -185,19 +189,26 @@ def _budget(name, text, kind: _Kind, limit, layers, bit_widths, activation_bit_w
                     layer.activation_bit_widths or activation_bit_widths
                 ):
                     table[row, i, j] = kind.cost(layer, Bits(w, a))
-    fixed = sum(kind.cost(layer, layer.bits) for layer in layers if layer.bits is not None)
+    fixed = add(kind.cost(layer, layer.bits) for layer in layers if layer.bits is not None)
     return Budget(name, text, table, fixed, limit, kind.unit)
+
+
+def add(terms: Iterable[int | float]) -> int | float:
+    """The sum: exact for integers; for measured costs to 9 decimals (a picosecond), so that 0.1 + 0.2 is within 0.3."""
+    terms = list(terms)
+    return sum(terms) if all(isinstance(term, int) for term in terms) else round(math.fsum(terms), 9)
 
 
 def used(budget: Budget, policy: Policy, importance: Importance) -> int | float:
     """What a policy spends of a budget: exact for counted costs."""
     searched = [layer.path for layer in importance.layers if layer.searched]
-    return budget.fixed + sum(
+    entries = (
         budget.table[
             row, importance.bit_widths.index(policy[path].w), importance.activation_bit_widths.index(policy[path].a)
         ].item()
         for row, path in enumerate(searched)
     )
+    return add([budget.fixed, *entries])
 
 
 def load_latency(path: str | Path) -> Latency:
@@ -209,13 +220,14 @@ def load_latency(path: str | Path) -> Latency:
     for layer, entries in value["layers"].items():
         result[layer] = {}
         for key, milliseconds in entries.items() if isinstance(entries, dict) else [("", None)]:
-            found = re.fullmatch(r"(\d+),(\d+)", key)
-            number = isinstance(milliseconds, (int, float)) and not isinstance(milliseconds, bool)
-            if not found or milliseconds is None or not number or not 0 <= milliseconds < float("inf"):
+            found = re.fullmatch(f"{_WIDTH},{_WIDTH}", key)
+            wrong = not isinstance(milliseconds, (int, float)) or isinstance(milliseconds, bool)
+            number = -1 if wrong or milliseconds is None else milliseconds
+            if not found or not 0 <= number <= MOST_MS:
                 raise Refusal(
                     f'{path}, layer {layer!r}: {json.dumps(key)}: {milliseconds!r} is not "weight bits,activation bits": ms'
                 )
-            result[layer][int(found[1]), int(found[2])] = float(milliseconds)
+            result[layer][int(found[1]), int(found[2])] = float(number)
     return result
 
 

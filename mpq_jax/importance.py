@@ -15,6 +15,8 @@ from mpq_jax.types import Bits, Importance, Layer, Policy, Refusal
 FORMAT, VERSION = "mpq-importance", 1
 MADE_BY = "python train.py --config … --workdir …"
 Outlier = tuple[str, str, int]
+# Above these, macs * 32 * 32 and params * 32 of a whole model leave int64.
+MOST_MACS, MOST_PARAMS = 2**52, 2**57
 
 
 # ---- in and out ---------------------------------------------------------------------------------------------------
@@ -64,6 +66,9 @@ def load_importance(path: str | Path) -> Importance:
     paths = [layer.path for layer in layers]
     if len(set(paths)) < len(paths):
         raise refuse(f"layer path {next(p for p in paths if paths.count(p) > 1)!r} stands twice")
+    for name, limit in (("macs", MOST_MACS), ("params", MOST_PARAMS)):
+        if sum(getattr(layer, name) for layer in layers) >= limit:
+            raise refuse(f'the "{name}" of all layers add up to more than {limit}')
     searched = sum(layer.searched for layer in layers)
     if not searched:
         raise refuse("no layer is searched")
@@ -100,7 +105,12 @@ def sha256(path: str | Path) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _is_count(value: Any) -> bool:
@@ -139,7 +149,7 @@ def _layer_from_json(entry: Any, widths, activation_widths, refuse) -> Layer:
             raise refuse(f'layer {path!r} is searched and has fixed "bits"; it can only be one of both')
     elif not entry["searched"]:
         raise refuse(f'layer {path!r} is not searched and has no "bits"; a layer left in float has [32, 32]')
-    if not isinstance(entry.get("tied"), (str, type(None))):
+    if not isinstance(entry.get("tied"), (str, type(None))) or entry.get("tied") == "":
         raise refuse(f'layer {path!r}: "tied" must be a name')
     own = {}
     for name, every in (("weight_bit_widths", widths), ("activation_bit_widths", activation_widths)):
@@ -162,20 +172,18 @@ def _layer_from_json(entry: Any, widths, activation_widths, refuse) -> Layer:
 
 
 def _table(value: Any, name: str, shape: tuple[int, ...], refuse) -> np.ndarray:
-    def flat(item: Any) -> bool:
-        return all(flat(i) for i in item) if isinstance(item, list) else _is_number(item)
+    def has(item: Any, lengths: tuple[int, ...]) -> bool:
+        if not lengths:
+            return _is_number(item)
+        return isinstance(item, list) and len(item) == lengths[0] and all(has(i, lengths[1:]) for i in item)
 
-    try:
-        table = np.array(value, np.float64) if isinstance(value, list) and flat(value) else None
-    except ValueError:
-        table = None
-    if table is None or table.shape != shape:
-        found = "missing" if value is None else f"of shape {getattr(table, 'shape', 'unknown')}"
+    if not has(value, shape):
+        found = "missing" if value is None else "not that"
         raise refuse(
-            f'"{name}" is {found}; it must hold finite numbers in {" x ".join(map(str, shape))} '
-            "(searched layers x bit-widths)"
+            f'"{name}" must hold finite numbers in {" x ".join(map(str, shape))} (searched layers x bit-widths); '
+            f"it is {found}"
         )
-    return table
+    return np.array(value, np.float64)
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------

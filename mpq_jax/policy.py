@@ -22,14 +22,18 @@ def nearest(bits: int, candidates: Sequence[int]) -> int:
 def uniform(
     layers: Sequence[Layer], w: int, a: int, bit_widths: Sequence[int] = (), activation_bit_widths: Sequence[int] = ()
 ) -> dict[str, Bits]:
-    """Every searched layer at W{w}A{a}, or at its candidate nearest to it; fixed layers at theirs."""
+    """Every searched layer at W{w}A{a}, or at its candidate nearest to it; fixed layers at theirs.
+
+    Tied layers share the nearest of the activation bits that all of them allow.
+    Raises Refusal where tied layers allow none in common.
+    """
+    every_a = tuple(activation_bit_widths) or tuple(range(1, 33))
+    shared = tied_candidates(layers, every_a)
 
     def bits(layer: Layer) -> Bits:
         if layer.bits is not None:
             return layer.bits
-        own_w = layer.weight_bit_widths or bit_widths or (w,)
-        own_a = layer.activation_bit_widths or activation_bit_widths or (a,)
-        return Bits(nearest(w, own_w), nearest(a, own_a))
+        return Bits(nearest(w, layer.weight_bit_widths or bit_widths or (w,)), nearest(a, shared[layer.path]))
 
     return {layer.path: bits(layer) for layer in layers}
 

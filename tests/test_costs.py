@@ -55,6 +55,8 @@ def test_tables_and_fixed_layers_add_up():
         *("bitops=W3", "bitops=55", "bitops=55g", "bitops=", "bitops", "bitops=0G", "bitops=-1G", "bitops=infx"),
         *("bitops=nanG", "bitops=1e3G", "bitops=0x", "bitops=W3A", "bitops=w3a4", "bitops=W0A4", "bitops = 3G"),
         *("size=W3A4", "size=8", "size=8mb", "size=0x", "size=0B", "size=-3KB", "size=1TB", "size=W0"),
+        *("bitops=W33A3", "bitops=W3A99", "size=W64", "bitops=\u0663G", "bitops=W" + "9" * 5000 + "A3"),
+        *("bitops=0." + "9" * 5000 + "G", "size=" + "9" * 5000 + "MB", "bitops=1_0G", "bitops=1.G", "bitops=.5G"),
         *("latency=3", "latency=0ms", "latency=-3ms", "flops=3G", "wbits=3.2", "", "="),
     ],
 )
@@ -108,13 +110,24 @@ def test_latency(tmp_path):
         {"layers": {"a": {"8,8": -1}}},
         {"layers": {"a": {"8,8": None}}},
         {"layers": {"a": {"8,8": True}}},
+        {"layers": {"a": {"8,8": 10**400}}},
+        {"layers": {"a": {"8,8": 1e13}}},
+        {"layers": {"a": {"0,8": 1}}},
+        {"layers": {"a": {"8,33": 1}}},
+        {"layers": {"a": {"8,8": "1"}}},
         {"version": 2},
         {"format": "x"},
     ],
 )
 def test_refused_latency_files(tmp_path, changes):
-    with pytest.raises(Refusal):
+    with pytest.raises(Refusal) as refusal:
         costs.load_latency(latency_file(tmp_path / "latency.json", **changes))
+    assert "\n" not in str(refusal.value)
+
+
+def test_measured_costs_add_up_as_decimals_do():
+    assert costs.add([0.1, 0.2]) == 0.3 and costs.add([0.1] * 10 + [0.2]) == 1.2 and costs.add([]) == 0
+    assert costs.add([2**62, 2**62, 1]) == 2**63 + 1
 
 
 def test_describe():

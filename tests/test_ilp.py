@@ -1,5 +1,6 @@
 """The integer program against trying every policy, and against SciPy's milp stated anew; limits, ties, refusals."""
 
+import itertools
 import math
 import re
 import time
@@ -84,6 +85,58 @@ def test_lagrangian_bound_and_incumbent():
             assert problem.fits(relaxed.picks) and problem.value[relaxed.picks].sum() >= best - 1e-9
 
 
+def conflicting(seed, layers=5):
+    """A problem with three budgets that pull different ways: wide is cheap in one and dear in another."""
+    importance = made(seed, layers=layers, tied=seed % 2 == 0, pair=seed % 3 == 0)
+    (budget,) = budgets_of(importance, "bitops=W3A3")
+    rng = np.random.default_rng(seed)
+    turned = [budget.table, budget.table[:, ::-1, ::-1], rng.integers(1, 10**6, budget.table.shape)]
+    tables = [table.copy() for table in turned[: 2 + seed % 2]]
+    limits = [int(rng.uniform(0.9, 1.3) * table.mean((1, 2)).sum()) + budget.fixed for table in tables]
+    budgets = [
+        budget._replace(name=f"b{m}", text=f"b{m}", table=table, limit=limit)
+        for m, (table, limit) in enumerate(zip(tables, limits, strict=True))
+    ]
+    return build(importance, budgets, None)
+
+
+def test_repair_always_ends_within_the_budgets():
+    """From any start, with two and three budgets in conflict: None, or picks that fit, one a layer, ties kept."""
+    ended = {True: 0, False: 0}
+    for seed in range(150):
+        problem = conflicting(seed)
+        rng = np.random.default_rng(seed)
+        start = lagrange.cheapest(problem, rng.random(len(problem.value)))
+        picks = lagrange.repair(problem, start)
+        ended[picks is None] += 1
+        if picks is not None:
+            assert problem.fits(picks) and problem.layer[picks].tolist() == list(range(len(problem.paths)))
+            assert all(len(set(problem.a[picks[list(group)]].tolist())) == 1 for group in problem.tied)
+    assert min(ended.values()) > 5
+
+
+def test_reduced_costs_keep_every_policy_below_the_ceiling():
+    """What is dropped is in no policy that fits and is that good; most choices are dropped."""
+    kept = 0.0
+    for seed in range(12):
+        importance = made(seed, tied=seed % 2 == 0)
+        budgets = budgets_of(importance, "bitops=W3A3", "size=W3")
+        problem = build(importance, budgets, None)
+        relaxed = lagrange.relax(problem)
+        best, _ = best_by_force(importance, budgets)
+        chosen = lagrange.within(problem, relaxed, best + 0.05)
+        left = {
+            (problem.paths[r], w, a)
+            for r, w, a in zip(problem.layer[chosen], problem.w[chosen], problem.a[chosen], strict=True)
+        }
+        for policy in every_policy(importance):
+            fits = all(cost_by_hand(importance, policy, b.name) <= b.limit for b in budgets)
+            if fits and total(importance, policy) <= best + 0.05:
+                assert all((path, *policy[path]) in left for path in problem.paths)
+        kept += chosen.mean() / 12
+    assert kept < 0.8
+
+
 def test_dropping_dominated_choices_keeps_the_optimum():
     for seed in range(8):
         importance = made(seed, pair=True, tied=seed % 2 == 0)
@@ -110,6 +163,64 @@ def test_ties_go_to_fewer_bits_every_time():
     bits = [sum(b.w + b.a for b in policy.values()) for policy in winners]
     assert total(constant, answers[0]) == pytest.approx(best)
     assert sum(b.w + b.a for b in answers[0].values()) == min(bits)
+
+
+def test_ties_of_sums_go_to_fewer_bits_too():
+    """One layer's difference equals the sum of two others': no pair of layers trades places, three do."""
+    importance = made(1, layers=3, widths=(2, 3), activation_widths=(8,), alpha=1.0)
+    layers = [ly._replace(params=100 * k) for ly, k in zip(importance.layers, (0, 3, 1, 2, 0), strict=True)]
+    weight = np.array([[3.0, 0], [1.0, 0], [2.0, 0]])
+    importance = importance._replace(layers=tuple(layers), weight=weight, activation=np.zeros((3, 1)))
+    budgets = [b._replace(limit=b.fixed + 2 * 75 + 38) for b in budgets_of(importance, "size=W2")]
+    best, winners = best_by_force(importance, budgets)
+    bits = [sum(b.w for b in policy.values()) for policy in winners]
+    assert len(set(bits)) == 2
+    for _ in range(2):
+        found = solve(importance, budgets)
+        assert found.objective == best and sum(b.w for b in found.policy.values()) == min(bits)
+
+
+def test_a_dearer_narrow_choice_still_wins_ties():
+    """Where fewer bits are slower, as some latency tables have it, equal harm still goes to fewer bits."""
+    importance = made(1)
+    flat = importance._replace(weight=np.ones((4, 3)), activation=np.ones((4, 3)))
+    (budget,) = budgets_of(flat, "bitops=W8A8")
+    found = solve(flat, [budget._replace(table=budget.table[:, ::-1, ::-1].copy())])
+    assert all(found.policy[f"layer{i}"] == (2, 2) for i in range(4))
+
+
+@pytest.mark.parametrize("scale, offset", [(1e-12, 0.0), (1e9, 0.0), (1.0, 1e6), (0.0, 0.0), (-1.0, 0.0)])
+@pytest.mark.parametrize("broken", [(), ("_cvxpy_highs",)])
+def test_any_unit_and_offset(monkeypatch, scale, offset, broken):
+    """Tables in any unit, far from zero, constant or negative: the same proof, by either solver."""
+    for name in broken:
+        monkeypatch.setattr(ilp, name, fail)
+    importance = made(4, pair=True)
+    importance = importance._replace(pair=importance.pair * scale + offset)
+    budgets = budgets_of(importance, "bitops=W3A3")
+    found = solve(importance, budgets)
+    fitting = (p for p in every_policy(importance) if cost_by_hand(importance, p, "bitops") <= budgets[0].limit)
+    best = min(total(importance, policy) for policy in fitting)
+    assert found.status == "optimal" and found.objective == pytest.approx(best, rel=1e-12, abs=0)
+
+
+def test_numbers_too_large_to_add_are_refused():
+    importance = made(1)
+    with pytest.raises(Refusal, match="1e280"):
+        solve(importance, budgets_of(importance, "bitops=W3A3"), alpha=1e300)
+
+
+def test_a_budget_met_to_the_last_float():
+    """Measured costs: ten times 0.1 ms beside 0.2 ms fixed is within 1.2 ms, whatever float addition makes of it."""
+    importance = made(1, layers=10)
+    (budget,) = budgets_of(importance, "bitops=W3A3")
+    table = np.full(budget.table.shape, 0.1)
+    table[:, 1:, :] = 0.2
+    budget = budget._replace(name="latency", text="latency=1.2ms", table=table, fixed=0.2, limit=1.2, unit="ms")
+    found = solve(importance, [budget])
+    assert found.status == "optimal" and found.used["latency"] == (1.2, 1.2)
+    with pytest.raises(Refusal, match=r"least reachable is 1\.200 ms"):
+        solve(importance, [budget._replace(limit=1.19)])
 
 
 # ---- solvers that misbehave ---------------------------------------------------------------------------------------
@@ -147,6 +258,44 @@ def test_no_solver_at_all_is_never_called_optimal(monkeypatch):
     assert found.bound <= best + 1e-9 <= found.objective + 2e-9
     assert found.status == "feasible" or found.objective == pytest.approx(best, abs=1e-9)
     assert found.used["bitops"][0] <= found.used["bitops"][1]
+
+
+def test_a_parent_that_used_highs_does_not_hang_the_child():
+    """HiGHS keeps threads; a fork inherits what waits for them, not the threads."""
+    import cvxpy
+
+    x = cvxpy.Variable(60, boolean=True)
+    rows = np.random.default_rng(0).random((5, 60))
+    cvxpy.Problem(cvxpy.Minimize(rows[0] @ x), [rows @ x >= 10]).solve(solver=cvxpy.HIGHS)
+    importance = made(2)
+    found = solve(importance, budgets_of(importance, "bitops=W3A3"), time_limit=20)
+    assert found.solver == "highs" and found.status == "optimal" and found.seconds < 10
+
+
+def test_a_false_proof_of_infeasibility_is_not_believed(monkeypatch):
+    importance = made(2)
+    budgets = budgets_of(importance, "bitops=W3A3")
+    monkeypatch.setattr(ilp, "_cvxpy_highs", lambda *_: ilp.Answer(None, -math.inf, False, infeasible=True))
+    found = solve(importance, budgets)
+    best, _ = best_by_force(importance, budgets)
+    assert found.bound <= best + 1e-9 and found.objective >= best - 1e-9 and found.solver == "lagrange"
+
+
+def test_only_policies_over_the_budget_means_infeasible(monkeypatch):
+    """Every policy that a careless solver offers is cut off in exact arithmetic, until none is left: two budgets named."""
+    importance = made(3, layers=2, widths=(2, 3))
+    (one,) = budgets_of(importance, "bitops=W2A2")
+    two = one._replace(name="other", text="other=1", table=one.table[:, ::-1, ::-1].copy())
+    two = two._replace(limit=int(two.table.min((1, 2)).sum()) + two.fixed)
+    real = ilp._cvxpy_highs
+
+    def careless(problem, cuts, bits_bound, seconds):
+        limits = tuple(limit + 1 for limit in problem.limit) if len(cuts) < 2 else problem.limit
+        return real(problem._replace(limit=limits), cuts, bits_bound, seconds)
+
+    monkeypatch.setattr(ilp, "_cvxpy_highs", careless)
+    with pytest.raises(Refusal, match="cannot hold together"):
+        solve(importance, [one, two], time_limit=20)
 
 
 def test_an_overshooting_answer_is_cut_off(monkeypatch):
@@ -197,6 +346,23 @@ def test_two_budgets_that_conflict_are_both_named():
     assert "cannot hold together" in str(refusal.value)
 
 
+def test_budgets_of_which_any_two_hold():
+    """Of each pair of three layers at most one narrow, and at most one wide in all: any two hold, all four do not."""
+    importance = made(6, layers=3, widths=(2, 3), activation_widths=(8,))
+    (base,) = budgets_of(importance, "bitops=W3A3")
+    tables = np.zeros((4, 3, 2, 1), np.int64)
+    for m in range(3):
+        tables[m, [m, (m + 1) % 3], 0] = 1
+    tables[3, :, 1] = 1
+    budgets = [
+        base._replace(name=f"b{m}", text=f"b{m}=1", table=table, fixed=0, limit=1) for m, table in enumerate(tables)
+    ]
+    for two in itertools.combinations(budgets, 2):
+        assert all(used <= limit for used, limit in solve(importance, two).used.values())
+    with pytest.raises(Refusal, match="b0=1, b1=1, b2=1, b3=1 cannot all hold together, though any two"):
+        solve(importance, budgets)
+
+
 # ---- beside the answer --------------------------------------------------------------------------------------------
 
 
@@ -229,6 +395,28 @@ def test_random_policies(options):
             assert policy["layer0"].a == policy["layer1"].a
         if "narrowed" in options:
             assert policy["layer1"].w >= 3 and policy["layer1"].a <= 3
+
+
+@pytest.mark.parametrize("texts", [("bitops=W8A8",), ("bitops=W6A6", "size=W2")])
+def test_no_random_policies_where_none_can_spend_the_budget(texts):
+    """A budget above the widest policy, or another that binds first: an empty answer, soon."""
+    importance = made(8, layers=20, widths=(2, 3, 4, 5, 6))
+    began = time.monotonic()
+    assert random_policies(importance, budgets_of(importance, *texts), 20) == []
+    assert time.monotonic() - began < 10
+
+
+def test_random_policies_reach_over_gaps_in_the_candidates():
+    """A layer that may have 2 or 6 bits only steps over 3, 4 and 5."""
+    importance = made(8, layers=3, widths=(2, 3, 4, 5, 6))
+    gaps = [
+        ly._replace(weight_bit_widths=(2, 6), activation_bit_widths=(2, 6)) if ly.searched else ly
+        for ly in importance.layers
+    ]
+    importance = importance._replace(layers=tuple(gaps))
+    budgets = budgets_of(importance, "bitops=W2A2")
+    found = random_policies(importance, budgets, 3)
+    assert len(found) == 3 and all(p[f"layer{i}"] == (2, 2) for p in found for i in range(3))
 
 
 def test_result_is_plain_data():

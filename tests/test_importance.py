@@ -102,6 +102,17 @@ BROKEN = {
     "unknown key": _second(colour="red"),
     "own widths": _second(weight_bit_widths=[5]),
     "inputs": _second(inputs=-4),
+    "empty tie": _second(tied=""),
+    "more macs than int64 holds": _second(macs=2**52),
+    "more params than int64 holds": _second(params=10**30),
+    "integer beyond floats in table": _top(weight=[[10**400, 1, 2]] * 4),
+    "integer beyond floats as alpha": _top(alpha=10**400),
+    "deep table": _top(weight=json.loads("[" * 400 + "1" + "]" * 400)),
+    "table of objects": _top(weight=[{"a": 1}] * 4),
+    "null in table": _top(weight=[[None, 1, 2]] * 4),
+    "activation widths": _top(activation_bit_widths=[2, 3, "4"]),
+    "layer is a list": lambda value: value["layers"].append([]),
+    "no searched layer": lambda value: value.update(layers=value["layers"][:1]),
 }
 
 

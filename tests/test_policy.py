@@ -78,7 +78,18 @@ def test_refused_files(tmp_path):
 
 def test_uniform_takes_the_nearest_candidate():
     found = policy.uniform(*ARGUMENTS[:1], 2, 4, *ARGUMENTS[1:])
-    assert found["layer0"] == (2, 4) and found["layer1"] == (3, 3) and found["first"] == (8, 8)
+    assert (
+        found["layer0"] == (2, 3)
+        and found["layer1"] == (3, 3)
+        and found["layer2"] == (2, 4)
+        and found["first"] == (8, 8)
+    )
+
+
+@pytest.mark.parametrize("w, a", [(2, 2), (2, 4), (3, 4), (8, 8), (1, 32)])
+def test_uniform_is_always_allowed(w, a):
+    """Nearest candidates, and tied layers nearest together."""
+    policy.validate(policy.uniform(*ARGUMENTS[:1], w, a, *ARGUMENTS[1:]), *ARGUMENTS, "uniform")
 
 
 def test_random_honours_candidates_and_ties():

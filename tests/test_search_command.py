@@ -73,6 +73,13 @@ REFUSED = [
     (["--budget", "latency=3ms"], "--latency"),
     (["--budget", "bitops=W3A3", "--latency", "none.json"], "does not exist"),
     (["--budget", "bitops=W3A3", "--workdir", "x"], "give one of them"),
+    (["--budget", "bitops=W3A3", "--json"], "--describe"),
+    (["--budget", "bitops=W3A3", "--out", "{}"], "is a folder"),
+    (["--budget", "bitops=W3A3", "--out", "{}/importance.json"], "would replace a file"),
+    (["--budget", "bitops=W3A3", "--out", "{}/importance.json/policy.json"], "is no folder"),
+    (["--budget", "bitops=W3A3", "--budget", "bitops=1G"], "two budgets limit bitops"),
+    (["--describe", "--config", "configs/digits.py", "--model.name", "resnet9"], "possible: resnet8"),
+    (["--describe", "--config", "configs/digits.py", "--model.name", "no_such_package:net"], "no_such_package"),
     (["--describe"], "needs --config"),
     (["--describe", "--config", "configs/none.py"], "does not exist"),
 ]
@@ -80,13 +87,18 @@ REFUSED = [
 
 @pytest.mark.parametrize("more, words", REFUSED)
 def test_refusals(place, capsys, more, words):
+    before = (place / "importance.json").read_bytes()
+    more = [argument.format(place) for argument in more]
     assert search.main(["--importance", str(place / "importance.json"), *more]) == 2
+    assert (place / "importance.json").read_bytes() == before
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert [p.name for p in place.iterdir()] == ["importance.json"]
 
 
-@pytest.mark.parametrize("budget, code, cvxpy", [("bitops=W3A3", 0, True), ("bitops=W3", 2, False)])
+@pytest.mark.parametrize(
+    "budget, code, cvxpy", [("bitops=W3A3", 0, True), ("bitops=W3", 2, False), ("bitops=1K", 2, False)]
+)
 def test_without_jax(place, budget, code, cvxpy):
     """The whole command in an interpreter that cannot import JAX; refused input does not even import CVXPY."""
     command = [sys.executable, "-c", GUARD, "--importance", str(place / "importance.json"), "--budget", budget]
@@ -94,6 +106,14 @@ def test_without_jax(place, budget, code, cvxpy):
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines()[-1] == str(cvxpy)
     assert "HiGHS" not in done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_loose_budget_is_answered_too(place, capsys):
+    """Above what the widest policy costs: no random policy spends it, and the answer says so."""
+    arguments = ["--importance", str(place / "importance.json"), "--budget", "bitops=W8A8"]
+    assert search.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "none found within 2 %" in shown and "HiGHS" not in shown
 
 
 def test_describe(capsys):

@@ -7,6 +7,7 @@ A solver can hang and ignore its own time limit, so it runs in a forked child th
 without a solver (a Lagrangian bound and a greedy policy) is there before it starts.
 """
 
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -19,16 +20,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpq_jax import costs
-from mpq_jax.search.lagrange import relax
+from mpq_jax.search.lagrange import Relaxed, relax, within
 from mpq_jax.search.problem import Problem, build, check_reachable, without_dominated
 from mpq_jax.types import Budget, Importance, Refusal, Solution
 
-# Objectives are sums of float64 numbers; the order of summation alone moves them by this much, relatively.
+# Objectives are sums of float64 numbers; rounding alone moves them by this much of the largest number, a layer.
 ROUNDING = 1e-12
+# SciPy leaves HiGHS's absolute tolerances at 1e-6; objectives of this size make them small.
+MAGNIFIED = 1e4
 
 
 class Answer(NamedTuple):
-    """What a solver says: picks [L] or None, a lower bound on the objective, and whether it proved the picks best."""
+    """What a solver says: picks [L] or None, a lower bound on the objective, whether it proved the picks best, and
+    whether it proved that there are none."""
 
     picks: np.ndarray | None
     bound: float
@@ -45,32 +49,35 @@ def solve(
     Among equal objectives the policy with fewer bits in all wins.
     Raises Refusal for budgets that no policy keeps, alone or together, and where the time ends before any is found.
     """
-    import cvxpy  # noqa: F401  here, so that every child finds it loaded
-
     began = time.monotonic()
-    deadline = began + time_limit
     full = build(importance, budgets, alpha)
     check_reachable(full, budgets)
+    began -= time.monotonic()
+    # Only now, so that what can be refused without it is; and here, so that every child finds it loaded. Loading is
+    # not part of the time.
+    import cvxpy  # noqa: F401
+
+    began += time.monotonic()
+    deadline = began + time_limit
     problem = without_dominated(full)
-    relaxed = relax(problem)
+    relaxed = relax(problem, deadline=began + time_limit / 4)
     answer, solver = _by_solvers(problem, deadline)
-    if answer.infeasible:
+    if answer.infeasible and relaxed.picks is None:
         raise Refusal(_conflict(problem, budgets, deadline))
     picks, proved = answer.picks, answer.proved
-    if picks is None or (relaxed.picks is not None and _value(problem, relaxed.picks) < _value(problem, picks)):
-        picks, proved = relaxed.picks, False
-        solver = "lagrange"
+    if picks is None or (relaxed.picks is not None and _better(problem, relaxed.picks, picks)):
+        picks, proved, solver = relaxed.picks, False, "lagrange"
     if picks is None:
         raise Refusal(
             f"no policy within the budgets was found in {time_limit:g} s, nor a proof that there is none; "
             "give --time-limit more seconds"
         )
     if proved:
-        picks = _fewest_bits(problem, picks, deadline)
+        picks = _fewest_bits(problem, relaxed, picks, deadline)
     objective = _value(problem, picks)
     bound = objective if proved else min(objective, max(relaxed.bound, answer.bound))
     # A bound that meets the objective is a proof, whoever found the policy.
-    proved = proved or objective - bound <= ROUNDING * max(1.0, abs(objective))
+    proved = proved or objective - bound <= _slack(problem)
     policy = {ly.path: ly.bits for ly in importance.layers if ly.bits is not None} | problem.policy(picks)
     ordered = {ly.path: policy[ly.path] for ly in importance.layers}
     return Solution(
@@ -86,6 +93,16 @@ def solve(
 
 def _value(problem: Problem, picks: np.ndarray) -> float:
     return math.fsum(problem.value[picks])
+
+
+def _slack(problem: Problem) -> float:
+    """How far rounding may move an objective: in the unit of the table, whatever that is."""
+    return ROUNDING * len(problem.paths) * float(np.abs(problem.value).max())
+
+
+def _better(problem: Problem, picks: np.ndarray, than: np.ndarray) -> bool:
+    """Whether an objective is lower by more than rounding."""
+    return _value(problem, picks) < _value(problem, than) - _slack(problem)
 
 
 # ---- solvers ------------------------------------------------------------------------------------------------------
@@ -120,6 +137,7 @@ def _in_child(function: Callable[..., Answer], arguments: tuple[Any, ...], secon
         # HiGHS prints a banner; the child's standard output is nobody's.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         try:
+            _forget_threads()
             sender.send(function(*arguments, seconds))
         except Exception:
             sender.send(None)
@@ -140,6 +158,15 @@ def _in_child(function: Callable[..., Answer], arguments: tuple[Any, ...], secon
         receiver.close()
 
 
+def _forget_threads() -> None:
+    """Drops HiGHS's pool of threads: if the parent has used HiGHS, a fork inherits the pool and none of its threads,
+    and would wait for them for ever."""
+    with contextlib.suppress(ImportError, AttributeError):
+        import highspy
+
+        highspy.Highs.resetGlobalScheduler(False)
+
+
 def _constraints(problem: Problem, cuts: Sequence[np.ndarray]) -> tuple[Any, np.ndarray, Any, np.ndarray]:
     """Sparse A_eq, b_eq (one choice a layer, ties), A_ub, b_ub (budgets, each divided by its limit; cuts)."""
     from scipy import sparse
@@ -157,9 +184,8 @@ def _constraints(problem: Problem, cuts: Sequence[np.ndarray]) -> tuple[Any, np.
                     right.append(0.0)
     upper, limits = [], []
     for cost, limit in zip(problem.cost, problem.limit, strict=True):
-        scale = float(limit) if limit > 0 else 1.0
-        upper.append(cost / scale)
-        limits.append(limit / scale)
+        upper.append(cost / (abs(limit) or 1.0))
+        limits.append(limit / (abs(limit) or 1.0))
     for picks in cuts:
         cut = np.zeros(choices)
         cut[picks] = 1
@@ -177,9 +203,11 @@ def _cvxpy_highs(problem: Problem, cuts, bits_bound: float | None, seconds: floa
     constraints = [equal @ x == right]
     if len(limits):
         constraints.append(upper @ x <= limits)
-    scale, objective = _objective(problem, bits_bound)
+    values, scale, offset = _scaled(problem)
+    objective = values
     if bits_bound is not None:
-        constraints.append((problem.value / scale) @ x <= bits_bound / scale)
+        constraints.append(values @ x <= (bits_bound - offset) / scale)
+        objective = (problem.w + problem.a).astype(float)
     program = cp.Problem(cp.Minimize(objective @ x), constraints)
     program.solve(
         solver=cp.HIGHS,
@@ -190,10 +218,13 @@ def _cvxpy_highs(problem: Problem, cuts, bits_bound: float | None, seconds: floa
         time_limit=max(0.1, 0.95 * seconds),
     )
     if program.status in (cp.INFEASIBLE, cp.INFEASIBLE_INACCURATE):
-        return Answer(None, math.inf, False, infeasible=not cuts)
+        return Answer(None, -math.inf, False, infeasible=True)
+    # For an interrupted search HiGHS tells how far its bound has come; CVXPY passes it on as it is.
+    dual = getattr(program.solver_stats.extra_stats, "mip_dual_bound", None) if program.solver_stats else None
+    bound = -math.inf if dual is None or bits_bound is not None else dual * scale + offset
     if x.value is None:
-        return Answer(None, -math.inf, False)
-    return Answer(_picks(problem, x.value), -math.inf, program.status == cp.OPTIMAL)
+        return Answer(None, bound, False)
+    return Answer(_picks(problem, x.value), bound, program.status == cp.OPTIMAL)
 
 
 def _scipy_highs(problem: Problem, cuts, bits_bound: float | None, seconds: float) -> Answer:
@@ -203,9 +234,11 @@ def _scipy_highs(problem: Problem, cuts, bits_bound: float | None, seconds: floa
     constraints = [LinearConstraint(equal, right, right)]
     if len(limits):
         constraints.append(LinearConstraint(upper, -np.inf, limits))
-    scale, objective = _objective(problem, bits_bound)
+    values, scale, offset = _scaled(problem)
+    objective = MAGNIFIED * values
     if bits_bound is not None:
-        constraints.append(LinearConstraint((problem.value / scale)[None], -np.inf, bits_bound / scale))
+        constraints.append(LinearConstraint(values[None], -np.inf, (bits_bound - offset) / scale))
+        objective = (problem.w + problem.a).astype(float)
     found = milp(
         objective,
         constraints=constraints,
@@ -214,17 +247,23 @@ def _scipy_highs(problem: Problem, cuts, bits_bound: float | None, seconds: floa
         options={"time_limit": max(0.1, 0.95 * seconds), "mip_rel_gap": 0.0},
     )
     if found.status == 2:
-        return Answer(None, math.inf, False, infeasible=not cuts)
-    bound = found.mip_dual_bound * scale if found.mip_dual_bound is not None and bits_bound is None else -math.inf
+        return Answer(None, -math.inf, False, infeasible=True)
+    dual = found.mip_dual_bound
+    bound = -math.inf if dual is None or bits_bound is not None else dual / MAGNIFIED * scale + offset
     if found.x is None:
         return Answer(None, bound, False)
     return Answer(_picks(problem, found.x), bound, found.status == 0)
 
 
-def _objective(problem: Problem, bits_bound: float | None) -> tuple[float, np.ndarray]:
-    """Values around 1, for the solver's absolute tolerances; or bits, where only ties are left to break."""
-    scale = max(float(np.abs(problem.value).max()), 1e-300)
-    return scale, problem.value / scale if bits_bound is None else (problem.w + problem.a).astype(float)
+def _scaled(problem: Problem) -> tuple[np.ndarray, float, float]:
+    """(values, scale, offset), value @ x = scale * values @ x + offset: from 0 to 1, for a solver's absolute tolerances.
+
+    One choice a layer is taken, so each layer's least value can stand apart.
+    """
+    least = np.array([problem.value[problem.layer == row].min() for row in range(len(problem.paths))])
+    above = problem.value - least[problem.layer]
+    scale = float(above.max()) or 1.0
+    return above / scale, scale, math.fsum(least)
 
 
 def _picks(problem: Problem, x: np.ndarray) -> np.ndarray:
@@ -235,49 +274,42 @@ def _picks(problem: Problem, x: np.ndarray) -> np.ndarray:
 # ---- ties and conflicts -------------------------------------------------------------------------------------------
 
 
-def _fewest_bits(problem: Problem, picks: np.ndarray, deadline: float) -> np.ndarray:
+def _fewest_bits(problem: Problem, relaxed: Relaxed, picks: np.ndarray, deadline: float) -> np.ndarray:
     """Among policies of the same objective (to rounding), one with the fewest bits in all.
 
-    Only worth asking where two choices of different layers can trade places at equal value.
+    Only choices that such a policy may have are asked about, mostly one or two in a few layers.
     """
-    if not _has_ties(problem):
-        return picks
     objective = _value(problem, picks)
-    slack = ROUNDING * max(1.0, abs(objective))
-    answer = _in_child(_cvxpy_highs, (problem, (), objective + slack), max(0.1, deadline - time.monotonic()))
-    if answer is None or answer.picks is None or not problem.fits(answer.picks):
+    slack = _slack(problem)
+    chosen = within(problem, relaxed, objective + slack)
+    chosen[picks] = True
+    small, back = problem.keep(chosen), np.flatnonzero(chosen)
+    if len(small.layer) == len(picks):
         return picks
-    equal = _value(problem, answer.picks) <= objective + slack
-    fewer = (problem.w + problem.a)[answer.picks].sum() < (problem.w + problem.a)[picks].sum()
-    return answer.picks if equal and fewer else picks
-
-
-def _has_ties(problem: Problem) -> bool:
-    """Whether two different layers have a same difference between two of their values."""
-    seen: set[float] = set()
-    for row in range(len(problem.paths)):
-        values = np.unique(problem.value[problem.layer == row])
-        gaps = {float(f"{b - a:.12g}") for a, b in itertools.combinations(values, 2)}
-        if gaps & seen:
-            return True
-        seen |= gaps
-    return False
+    answer = _in_child(_cvxpy_highs, (small, (), objective + slack), max(0.1, deadline - time.monotonic()))
+    if answer is None or answer.picks is None or not small.fits(answer.picks):
+        return picks
+    others = back[answer.picks]
+    equal = _value(problem, others) <= objective + slack
+    fewer = (problem.w + problem.a)[others].sum() < (problem.w + problem.a)[picks].sum()
+    return others if equal and fewer else picks
 
 
 def _conflict(problem: Problem, budgets: Sequence[Budget], deadline: float) -> str:
     """Which two budgets cannot hold together, and what the one leaves of the other at least."""
-    for m, n in itertools.permutations(range(len(budgets)), 2):
-        alone = problem._replace(
-            value=problem.cost[m].astype(np.float64), cost=(problem.cost[n],), limit=(problem.limit[n],)
-        )
-        answer = _in_child(_cvxpy_highs, (alone, (), None), max(0.5, min(10.0, deadline - time.monotonic())))
-        if answer is not None and answer.proved and answer.picks is not None:
-            lowest = sum(problem.cost[m][p].item() for p in answer.picks)
-            if lowest > problem.limit[m]:
-                reachable = costs.human(lowest + budgets[m].fixed, budgets[m].unit)
-                return (
-                    f"budgets {budgets[m].text} and {budgets[n].text} cannot hold together: within {budgets[n].text} the "
-                    f"least reachable {budgets[m].name} is {reachable} ({lowest + budgets[m].fixed}); loosen one of them"
-                )
+    known = True
+    for m, n in itertools.combinations(range(len(budgets)), 2):
+        answer, _ = _by_solvers(problem.only(m, within=n), min(deadline, time.monotonic() + 10))
+        known = known and answer.proved
+        if not answer.proved or answer.picks is None:
+            continue
+        lowest = costs.add([budgets[m].fixed, *(problem.cost[m][p].item() for p in answer.picks)])
+        if lowest > budgets[m].limit:
+            return (
+                f"budgets {budgets[m].text} and {budgets[n].text} cannot hold together: within {budgets[n].text} the "
+                f"least reachable {budgets[m].name} is {costs.human(lowest, budgets[m].unit)} ({lowest}); "
+                "loosen one of them"
+            )
     texts = ", ".join(budget.text for budget in budgets)
-    return f"the budgets {texts} cannot all hold together, though any two of them can; loosen one of them"
+    though = ", though any two of them can" if known and len(budgets) > 2 else ""
+    return f"the budgets {texts} cannot all hold together{though}; loosen one of them"

@@ -1,5 +1,7 @@
 """Lagrangian bound and greedy incumbents: what is known of a problem without any solver."""
 
+import math
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -8,34 +10,56 @@ from mpq_jax.search.problem import Problem
 
 
 class Relaxed(NamedTuple):
-    """bound: no policy within the budgets has a lower objective. picks: the best policy found [L], or None."""
+    """bound: no policy within the budgets has a lower objective. picks: the best policy found [L], or None.
+
+    priced [C] and discount: the values plus the multipliers' prices, and what comes off their sum, at the best bound.
+    """
 
     bound: float
     picks: np.ndarray | None
+    priced: np.ndarray
+    discount: float
 
 
-def relax(problem: Problem, rounds: int = 300) -> Relaxed:
+def relax(problem: Problem, rounds: int = 300, deadline: float = math.inf) -> Relaxed:
     """Subgradient ascent on the multipliers of the budgets (Fisher 1981), repairing each round's policy greedily.
 
     For multipliers u >= 0 the least of  value + sum_m u_m (cost_m - limit_m)  over all policies is a lower bound.
+    deadline: of time.monotonic(); the rounds end there, the first one is always done.
     """
-    scaled = np.stack([c / max(abs(limit), 1e-300) for c, limit in zip(problem.cost, problem.limit, strict=True)])
-    spread = max(float(problem.value.max() - problem.value.min()), 1e-12)
+    scaled = np.stack([c / (abs(limit) or 1.0) for c, limit in zip(problem.cost, problem.limit, strict=True)])
+    spread = float(problem.value.max() - problem.value.min()) or 1.0
     u = np.zeros(len(problem.cost))
     best, incumbent, incumbent_value = -np.inf, None, np.inf
+    best_priced, best_discount = problem.value, 0.0
+    ones = np.array([np.sign(limit) for limit in problem.limit], float)
     for k in range(rounds):
+        if k and time.monotonic() > deadline:
+            break
         priced = problem.value + u @ scaled
         picks = cheapest(problem, priced)
-        best = max(best, float(priced[picks].sum() - u.sum()))
+        bound = float(priced[picks].sum() - u @ ones)
+        if bound > best:
+            best, best_priced, best_discount = bound, priced, float(u @ ones)
         repaired = repair(problem, picks)
         if repaired is not None and problem.value[repaired].sum() < incumbent_value:
             incumbent, incumbent_value = repaired, float(problem.value[repaired].sum())
-        excess = scaled[:, picks].sum(1) - 1
+        excess = scaled[:, picks].sum(1) - ones
         if not (excess > 0).any() and not u.any():
             break  # no budget binds: the unconstrained best is the answer
         step = spread * len(problem.paths) / (1 + k) ** 0.7 / 10
         u = np.maximum(0, u + step * excess / max(np.abs(excess).max(), 1e-12))
-    return Relaxed(best, incumbent)
+    return Relaxed(best, incumbent, best_priced, best_discount)
+
+
+def within(problem: Problem, relaxed: Relaxed, ceiling: float) -> np.ndarray:
+    """Which choices [C] a policy within the budgets may have whose objective is at most `ceiling`: the others' reduced
+    costs alone lift the Lagrangian bound above it."""
+    lowest = np.array([relaxed.priced[problem.layer == row].min() for row in range(len(problem.paths))])
+    bounds = math.fsum(lowest) - relaxed.discount + relaxed.priced - lowest[problem.layer]
+    return bounds <= ceiling + 1e-9 * max(
+        float(np.abs(problem.value).max()), float(np.abs(lowest).sum()), abs(relaxed.discount)
+    )
 
 
 def cheapest(problem: Problem, priced: np.ndarray) -> np.ndarray:
@@ -82,7 +106,7 @@ def _best_move(problem: Problem, picks: np.ndarray, tied: np.ndarray, down: bool
     for c, limit, spent in zip(problem.cost, problem.limit, problem.spent(picks), strict=True):
         delta = c[current] - c
         if spent > limit:
-            saved += delta / max(abs(limit), 1e-300)
+            saved += delta / (abs(limit) or 1.0)
         room &= spent - delta <= limit
         cheaper &= delta >= 0  # a move that costs more of another budget could go round in circles
     if down:

@@ -1,6 +1,7 @@
 """What stands beside every answer: the best uniform policy that fits, and random ones of the same budget."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,6 +9,14 @@ from mpq_jax import costs
 from mpq_jax import policy as policies
 from mpq_jax.importance import total
 from mpq_jax.types import Bits, Budget, Importance
+
+
+class _Unit(NamedTuple):
+    """Bits that move together: of `kind` "w" or "a", in the layers `paths`, to any of `candidates`."""
+
+    paths: tuple[str, ...]
+    kind: str
+    candidates: tuple[int, ...]
 
 
 def fits(policy: dict[str, Bits], budgets: Sequence[Budget], importance: Importance) -> bool:
@@ -46,57 +55,58 @@ def random_policies(
     """Up to `count` random policies that fit and use at least (1 - within) of the first budget.
 
     Drawn uniformly, then moved by random single changes towards the budget, so that no layer is favoured. Fewer come
-    back where the budget leaves no such policy within 200 tries each.
+    back, none in most cases, where 200 tries in a row find no such policy: a budget above what the widest policy
+    costs, or another budget that binds first.
     """
     rng = np.random.default_rng(seed)
-    found = []
+    units = _units(importance)
+    found: list[dict[str, Bits]] = []
     for _ in range(count):
-        for _ in range(200):
-            policy = _towards(importance, budgets, rng, within)
-            if policy is not None:
-                found.append(policy)
-                break
+        tries = (_towards(importance, budgets, units, rng, within) for _ in range(200))
+        policy = next((policy for policy in tries if policy is not None), None)
+        if policy is None:
+            break
+        found.append(policy)
     return found
 
 
-def _towards(importance: Importance, budgets, rng: np.random.Generator, within: float) -> dict[str, Bits] | None:
-    """One random walk: changes that overshoot less, or use more while all fits; None where it gets stuck."""
-    layers = importance.layers
-    widths, activation_widths = importance.bit_widths, importance.activation_bit_widths
-    policy = policies.random(layers, widths, activation_widths, rng)
-    units = _movable(importance)
-    for _ in range(40 * len(units)):
-        ratios = [costs.used(b, policy, importance) / b.limit for b in budgets]
-        if max(ratios) <= 1 and ratios[0] >= 1 - within:
+def _units(importance: Importance) -> list[_Unit]:
+    """One unit for the weights of each layer, one for the activations of each group of tied layers."""
+    searched = [layer for layer in importance.layers if layer.searched]
+    shared = policies.tied_candidates(importance.layers, importance.activation_bit_widths)
+    groups: dict[tuple[str | None, str], list[str]] = {}
+    for layer in searched:
+        groups.setdefault((layer.tied, "" if layer.tied is not None else layer.path), []).append(layer.path)
+    weights = [_Unit((ly.path,), "w", tuple(ly.weight_bit_widths or importance.bit_widths)) for ly in searched]
+    return weights + [_Unit(tuple(paths), "a", shared[paths[0]]) for paths in groups.values()]
+
+
+def _towards(
+    importance: Importance, budgets: Sequence[Budget], units: list[_Unit], rng: np.random.Generator, within: float
+) -> dict[str, Bits] | None:
+    """One random walk: bits taken away while a budget is broken, then given back while all hold.
+
+    None where it gets stuck below the first budget, or above any.
+    """
+    policy = policies.random(importance.layers, importance.bit_widths, importance.activation_bit_widths, rng)
+    while True:
+        down = not fits(policy, budgets, importance)
+        if not down and costs.used(budgets[0], policy, importance) >= (1 - within) * budgets[0].limit:
             return policy
-        paths, kind = units[rng.integers(len(units))]
-        every = sorted(widths if kind == "w" else activation_widths)
-        now = getattr(policy[paths[0]], kind)
-        down = max(ratios) > 1
-        options = [b for b in every if (b < now if down else b > now)]
-        if not options:
-            continue
-        bits = max(options) if down else min(options)
-        moved = policy | {path: policy[path]._replace(**{kind: bits}) for path in paths}
-        if not _allowed(moved, importance) or (not down and not fits(moved, budgets, importance)):
-            continue
-        policy = moved
-    return None
+        for unit in rng.permutation(len(units)):
+            moved = _moved(policy, units[unit], down)
+            if moved is not None and (down or fits(moved, budgets, importance)):
+                policy = moved
+                break
+        else:
+            return None
 
 
-def _movable(importance: Importance) -> list[tuple[list[str], str]]:
-    groups: dict[str, list[str]] = {}
-    for layer in importance.layers:
-        if layer.searched:
-            groups.setdefault(layer.tied or f"\0{layer.path}", []).append(layer.path)
-    weights = [([layer.path], "w") for layer in importance.layers if layer.searched]
-    return weights + [(paths, "a") for paths in groups.values()]
-
-
-def _allowed(policy: dict[str, Bits], importance: Importance) -> bool:
-    return all(
-        policy[ly.path].w in (ly.weight_bit_widths or importance.bit_widths)
-        and policy[ly.path].a in (ly.activation_bit_widths or importance.activation_bit_widths)
-        for ly in importance.layers
-        if ly.searched
-    )
+def _moved(policy: dict[str, Bits], unit: _Unit, down: bool) -> dict[str, Bits] | None:
+    """The policy with one unit at its next narrower or wider candidate; None where there is none."""
+    now = getattr(policy[unit.paths[0]], unit.kind)
+    options = [b for b in unit.candidates if (b < now if down else b > now)]
+    if not options:
+        return None
+    bits = max(options) if down else min(options)
+    return policy | {path: policy[path]._replace(**{unit.kind: bits}) for path in unit.paths}

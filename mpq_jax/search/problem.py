@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mpq_jax.costs import add, human
 from mpq_jax.importance import combined
 from mpq_jax.policy import tied_candidates
 from mpq_jax.types import Bits, Budget, Importance, Refusal
@@ -14,7 +15,8 @@ class Problem(NamedTuple):
     """minimise value @ x over boolean x [C], one choice a layer, cost[m] @ x <= limit[m].
 
     layer, w, a: int [C], the searched layer's number and bits of each choice. value: float64 [C].
-    cost: per budget [C] (int64 where exact). limit: what is left of each budget after the fixed layers.
+    cost: per budget [C] (int64 where exact). limit: what is left of each budget after the fixed layers, which cost
+    `fixed` of `whole`.
     paths: [L] of the searched layers. tied: groups of layer numbers that share activation bits.
     """
 
@@ -24,6 +26,8 @@ class Problem(NamedTuple):
     value: np.ndarray
     cost: tuple[np.ndarray, ...]
     limit: tuple[int | float, ...]
+    fixed: tuple[int | float, ...]
+    whole: tuple[int | float, ...]
     paths: tuple[str, ...]
     tied: tuple[tuple[int, ...], ...]
 
@@ -46,13 +50,33 @@ class Problem(NamedTuple):
         return tuple(sum(c[p].item() for p in picks) for c in self.cost)
 
     def fits(self, picks: np.ndarray) -> bool:
-        """Whether every budget holds, in exact arithmetic."""
-        return all(s <= limit for s, limit in zip(self.spent(picks), self.limit, strict=True))
+        """Whether every budget holds: in exact arithmetic; for measured costs as `costs.used` adds them up."""
+        return all(
+            add([fixed, *(c[p].item() for p in picks)]) <= whole
+            for c, fixed, whole in zip(self.cost, self.fixed, self.whole, strict=True)
+        )
+
+    def only(self, minimise: int, within: int) -> "Problem":
+        """The least of one budget's cost within another budget."""
+        return self._replace(
+            value=self.cost[minimise].astype(np.float64),
+            cost=(self.cost[within],),
+            limit=(self.limit[within],),
+            fixed=(self.fixed[within],),
+            whole=(self.whole[within],),
+        )
 
 
 def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None) -> Problem:
-    """All allowed choices. Raises Refusal where tied layers have no activation bits in common."""
-    table = combined(importance, alpha)
+    """All allowed choices.
+
+    Raises Refusal where tied layers have no activation bits in common, and for numbers too large to add up.
+    """
+    with np.errstate(over="ignore"):
+        table = combined(importance, alpha)
+    # 1e280: products with a solver's scales and multipliers stay finite too.
+    if not np.abs(table).max() < 1e280:
+        raise Refusal("the importance holds numbers of 1e280 or more; divide the whole table by a constant")
     searched = [layer for layer in importance.layers if layer.searched]
     allowed_a = tied_candidates(importance.layers, importance.activation_bit_widths)
     entries = [
@@ -74,15 +98,17 @@ def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None
         value=table[index],
         cost=tuple(budget.table[index] for budget in budgets),
         limit=tuple(budget.limit - budget.fixed for budget in budgets),
+        fixed=tuple(budget.fixed for budget in budgets),
+        whole=tuple(budget.limit for budget in budgets),
         paths=tuple(layer.path for layer in searched),
         tied=tuple(tuple(group) for group in groups.values() if len(group) > 1),
     )
 
 
 def without_dominated(problem: Problem) -> Problem:
-    """Drops every choice that another of its layer beats or equals in value, in every cost and in bits.
+    """Drops every choice that another of its layer beats or equals in value and in every cost.
 
-    Among tied layers only choices of the same activation bits compare. Of equal choices the one with fewer bits stays
+    One of equal value goes only if the other has no more bits, since fewer bits win ties. Among tied layers only choices of the same activation bits compare. Of equal choices the one with fewer bits stays
     (then fewer weight bits), so ties inside a layer are always broken the same way.
     """
     in_group = {row for group in problem.tied for row in group}
@@ -93,44 +119,34 @@ def without_dominated(problem: Problem) -> Problem:
     rank[order] = np.arange(len(order))
     for row in range(len(problem.paths)):
         mine = np.flatnonzero(problem.layer == row)
-        columns = np.stack([problem.value[mine], *(c[mine].astype(np.float64) for c in problem.cost)])
-        exact = [c[mine] for c in problem.cost]
+        value, costs = problem.value[mine], [c[mine] for c in problem.cost]
         for x, p in enumerate(mine):
-            no_worse = columns[0] <= columns[0, x]
-            for c in exact:
-                no_worse &= c <= c[x]
+            better = (value < value[x]) | ((value == value[x]) & (rank[mine] < rank[p]))
+            for c in costs:
+                better &= c <= c[x]
             if row in in_group:
-                no_worse &= problem.a[mine] == problem.a[p]
-            equal = columns[0] == columns[0, x]
-            for c in exact:
-                equal &= c == c[x]
-            better = no_worse & (~equal | (rank[mine] < rank[p]))
+                better &= problem.a[mine] == problem.a[p]
             keep[p] = not better.any()
     return problem.keep(keep)
 
 
-def least(problem: Problem, budget: int) -> int | float:
-    """The least that any policy costs in one budget, ties respected."""
+def least(problem: Problem, budget: int, fixed: int | float = 0) -> int | float:
+    """The least that any policy costs in one budget beside `fixed`, ties respected."""
     cost = problem.cost[budget]
     grouped = {row for group in problem.tied for row in group}
-    total: int | float = 0
-    for row in range(len(problem.paths)):
-        if row not in grouped:
-            total += cost[problem.layer == row].min().item()
+    terms = [cost[problem.layer == row].min().item() for row in range(len(problem.paths)) if row not in grouped]
     for group in problem.tied:
         shared = set.intersection(*(set(problem.a[problem.layer == row].tolist()) for row in group))
-        total += min(sum(cost[(problem.layer == row) & (problem.a == a)].min().item() for row in group) for a in shared)
-    return total
+        cheapest = [[cost[(problem.layer == row) & (problem.a == a)].min().item() for row in group] for a in shared]
+        terms += min(cheapest, key=add)
+    return add([fixed, *terms])
 
 
 def check_reachable(problem: Problem, budgets: Sequence[Budget]) -> None:
     """Raises Refusal for a budget that no policy keeps, with the least reachable value."""
-    from mpq_jax.costs import human
-
     for m, budget in enumerate(budgets):
-        lowest = least(problem, m)
-        if lowest > problem.limit[m]:
-            reachable = lowest + budget.fixed
+        reachable = least(problem, m, budget.fixed)
+        if reachable > budget.limit:
             raise Refusal(
                 f"budget {budget.text} allows {human(budget.limit, budget.unit)} ({budget.limit}), but the least "
                 f"reachable is {human(reachable, budget.unit)} ({reachable}); ask for at least that, or allow fewer bits"

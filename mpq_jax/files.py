@@ -55,12 +55,14 @@ def read_json(path: str | Path, format: str, version: int, made_by: str) -> dict
         raise Refusal(
             f"{path} is not whole JSON (line {error.lineno}: {error.msg}); make it again with: {made_by}"
         ) from None
+    except ValueError as error:  # an integer with more digits than Python reads
+        raise Refusal(f"{path} cannot be read: {str(error).split(';')[0]}; make it again with: {made_by}") from None
     except RecursionError:
         raise Refusal(f"{path} is nested too deeply to be a {format} file; make it again with: {made_by}") from None
     found = value.get("format") if isinstance(value, dict) else None
     if found != format:
         raise Refusal(f'{path} is no {format} file (its "format" is {found!r}); make one with: {made_by}')
-    if value.get("version") != version:
+    if type(value.get("version")) is not int or value["version"] != version:
         raise Refusal(
             f"{path} is {format} version {value.get('version')!r}, this program reads version {version}; "
             f"make it again with: {made_by}"

@@ -139,6 +139,18 @@ def test_damaged_files_are_refused(tmp_path, damage):
         load_importance(tmp_path / "none.json")
 
 
+def test_numbers_that_python_will_not_read_are_refused(tmp_path):
+    """An integer of 5,000 digits, and a version that only looks like 1: one line each, no traceback."""
+    save_importance(tmp_path / "i.json", made(1))
+    text = (tmp_path / "i.json").read_text()
+    for old, new in (('"macs": 5000', '"macs": ' + "9" * 5000), ('"version": 1', '"version": true')):
+        assert old in text
+        (tmp_path / "i.json").write_text(text.replace(old, new))
+        with pytest.raises(Refusal) as refusal:
+            load_importance(tmp_path / "i.json")
+        assert "\n" not in str(refusal.value) and "train.py" in str(refusal.value)
+
+
 def test_nan_and_infinity_are_refused(tmp_path):
     for bad in ("NaN", "Infinity", "1e999"):
         save_importance(tmp_path / "i.json", made(1))

@@ -108,8 +108,9 @@ def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None
 def without_dominated(problem: Problem) -> Problem:
     """Drops every choice that another of its layer beats or equals in value and in every cost.
 
-    One of equal value goes only if the other has no more bits, since fewer bits win ties. Among tied layers only choices of the same activation bits compare. Of equal choices the one with fewer bits stays
-    (then fewer weight bits), so ties inside a layer are always broken the same way.
+    One of equal value goes only if the other has no more bits, since fewer bits win ties: of equal choices the one
+    with fewer bits stays (then fewer weight bits), the same way every time. Among tied layers only choices of the same
+    activation bits compare.
     """
     in_group = {row for group in problem.tied for row in group}
     keep = np.ones(len(problem.layer), bool)

@@ -17,10 +17,14 @@ EXAMPLES = {
     "bitops": "bitops=W3A4, bitops=55.3G or bitops=76x",
     "size": "size=W3, size=8MB, size=256KB or size=12.2x",
     "latency": "latency=3ms (with --latency latency.json)",
+    "memory": "memory=256KB",
+    "wbits": "wbits=3.2",
+    "abits": "abits=4",
 }
 # Digits of ASCII, and not so many that Python refuses to read them.
 _NUMBER = r"([0-9]{1,18}(?:\.[0-9]{1,18})?)"
 _WIDTH = r"([1-9]|[12][0-9]|3[0-2])"
+_BYTES = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
 Latency = Mapping[str, Mapping[tuple[int, int], float]]
 MOST_MS = 1e12  # thirty years: no measurement, and sums stay far from overflow
 
@@ -36,6 +40,21 @@ def layer_bitops(layer: Layer, bits: Bits) -> int:
 def layer_size(layer: Layer, bits: Bits) -> int:
     """Bytes of the packed kernel: ceil(params * w / 8)."""
     return -(-layer.params * bits.w // 8)
+
+
+def layer_memory(layer: Layer, bits: Bits) -> int:
+    """Bytes of the layer's input and output for one sample at its activation bits: ceil((inputs + outputs) * a / 8)."""
+    return -(-(_elements(layer, "inputs") + _elements(layer, "outputs")) * bits.a // 8)
+
+
+def _elements(layer: Layer, name: str) -> int:
+    count = getattr(layer, name)
+    if count is None:
+        raise Refusal(
+            f'layer {layer.path!r} has no "{name}" in the table, which memory and abits budgets need; add the number '
+            "of elements for one sample"
+        )
+    return count
 
 
 def _layer_latency(latency: Latency) -> Callable[[Layer, Bits], float]:
@@ -74,11 +93,17 @@ def _at(layers: Sequence[Layer], w: int, a: int) -> dict[str, Bits]:
 
 
 class _Kind(NamedTuple):
-    """One kind of budget: cost(layer, bits), its unit, and limit(text, layers) -> int | float | None (not understood)."""
+    """One kind of budget.
+
+    cost(layer, bits), its unit, limit(text, layers) -> int | float | None (not understood). largest: the limit is on
+    each layer, not on their sum. per(layers): what limits and sums are divided by when they are shown: a mean's weights.
+    """
 
     cost: Callable[[Layer, Bits], Any]
     unit: str
     limit: Callable[[str, Sequence[Layer]], int | float | None]
+    largest: bool = False
+    per: Callable[[Sequence[Layer]], int] = lambda layers: 1
 
 
 def _bitops_limit(text: str, layers: Sequence[Layer]) -> int | None:
@@ -95,9 +120,9 @@ def _size_limit(text: str, layers: Sequence[Layer]) -> int | None:
     if found := re.fullmatch(f"W{_WIDTH}", text):
         return size(layers, _at(layers, int(found[1]), 32))
     if found := re.fullmatch(_NUMBER + r"(B|KB|MB|GB)", text):
-        return int(Fraction(found[1]) * {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}[found[2]])
+        return int(Fraction(found[1]) * _BYTES[found[2]])
     if (found := re.fullmatch(_NUMBER + "x", text)) and Fraction(found[1]):
-        return int(sum(layer.params for layer in layers) * 4 / Fraction(found[1]))
+        return int(_all_params(layers) * 4 / Fraction(found[1]))
     return None
 
 
@@ -108,14 +133,42 @@ def _latency_limit(text: str, layers: Sequence[Layer]) -> float | None:
     return float(Fraction(found[1]) * per_ms[found[2]]) if found else None
 
 
-def _kinds(latency: Latency | None) -> dict[str, _Kind]:
-    kinds = {
-        "bitops": _Kind(layer_bitops, "BitOps", _bitops_limit),
-        "size": _Kind(layer_size, "bytes", _size_limit),
-    }
-    if latency is not None:
-        kinds["latency"] = _Kind(_layer_latency(latency), "ms", _latency_limit)
-    return kinds
+def _bytes_limit(text: str, layers: Sequence[Layer]) -> int | None:
+    del layers
+    found = re.fullmatch(_NUMBER + r"(B|KB|MB|GB)", text)
+    return int(Fraction(found[1]) * _BYTES[found[2]]) if found else None
+
+
+def _mean_limit(per: Callable[[Sequence[Layer]], int]) -> Callable[[str, Sequence[Layer]], int | None]:
+    def limit(text: str, layers: Sequence[Layer]) -> int | None:
+        found = re.fullmatch(_NUMBER, text)
+        return int(Fraction(found[1]) * per(layers)) if found and Fraction(found[1]) <= 32 else None
+
+    return limit
+
+
+def _all_params(layers: Sequence[Layer]) -> int:
+    return sum(layer.params for layer in layers)
+
+
+def _all_inputs(layers: Sequence[Layer]) -> int:
+    return sum(_elements(layer, "inputs") for layer in layers)
+
+
+def _no_latency(layer: Layer, bits: Bits) -> float:
+    raise Refusal("a latency budget needs a table of measured latencies; add --latency latency.json")
+
+
+KINDS = {
+    "bitops": _Kind(layer_bitops, "BitOps", _bitops_limit),
+    "size": _Kind(layer_size, "bytes", _size_limit),
+    "latency": _Kind(_no_latency, "ms", _latency_limit),
+    "memory": _Kind(layer_memory, "bytes", _bytes_limit, largest=True),
+    "wbits": _Kind(lambda layer, bits: layer.params * bits.w, "bits", _mean_limit(_all_params), per=_all_params),
+    "abits": _Kind(
+        lambda layer, bits: _elements(layer, "inputs") * bits.a, "bits", _mean_limit(_all_inputs), per=_all_inputs
+    ),
+}
 
 
 def check_text(text: str) -> None:
@@ -123,8 +176,7 @@ def check_text(text: str) -> None:
     name, equals, value = text.partition("=")
     if not equals or name not in EXAMPLES:
         raise Refusal(f"budget {text!r} is not understood; write {'; '.join(EXAMPLES.values())}")
-    kind = {"bitops": _bitops_limit, "size": _size_limit, "latency": _latency_limit}[name]
-    limit = kind(value, (Layer("", 10**9, 10**9, True),))
+    limit = KINDS[name].limit(value, (Layer("", 10**9, 10**9, True, inputs=10**9, outputs=10**9),))
     if limit is None or limit <= 0:
         raise Refusal(f"budget {text!r} is not understood; write {EXAMPLES[name]}")
 
@@ -143,16 +195,17 @@ def parse_budgets(
     """
     if not texts:
         raise Refusal(f"no budget given; write --budget {EXAMPLES['bitops']}")
-    kinds = _kinds(latency)
     budgets: list[Budget] = []
     for text in texts:
         check_text(text)
         name, _, value = text.partition("=")
-        if name not in kinds:
-            raise Refusal(f"budget {text!r} needs a table of measured latencies; add --latency latency.json")
+        kind = KINDS[name]
+        if name == "latency":
+            if latency is None:
+                raise Refusal(f"budget {text!r} needs a table of measured latencies; add --latency latency.json")
+            kind = kind._replace(cost=_layer_latency(latency))
         if any(b.name == name for b in budgets):
             raise Refusal(f"two budgets limit {name}; keep the tighter one")
-        kind = kinds[name]
         limit = kind.limit(value, layers)
         if limit is None or limit <= 0:
             raise Refusal(f"budget {text!r} leaves nothing to spend; write {EXAMPLES[name]}")
@@ -162,19 +215,18 @@ def parse_budgets(
 
 def restore_budgets(limits: Mapping[str, int | float], importance: Importance) -> list[Budget]:
     """The budgets of a saved policy, from their limits (a latency budget needs its table and is left out)."""
-    kinds = _kinds(None)
     return [
         _budget(
             name,
             f"{name}={limit}",
-            kinds[name],
-            limit,
+            KINDS[name],
+            round(limit * KINDS[name].per(importance.layers)),
             importance.layers,
             importance.bit_widths,
             importance.activation_bit_widths,
         )
         for name, limit in limits.items()
-        if name in kinds
+        if name in KINDS and name != "latency"
     ]
 
 
@@ -189,8 +241,9 @@ def _budget(name, text, kind: _Kind, limit, layers, bit_widths, activation_bit_w
                     layer.activation_bit_widths or activation_bit_widths
                 ):
                     table[row, i, j] = kind.cost(layer, Bits(w, a))
-    fixed = add(kind.cost(layer, layer.bits) for layer in layers if layer.bits is not None)
-    return Budget(name, text, table, fixed, limit, kind.unit)
+    fixed = [kind.cost(layer, layer.bits) for layer in layers if layer.bits is not None]
+    together = max([0, *fixed]) if kind.largest else add(fixed)
+    return Budget(name, text, table, together, limit, kind.unit, kind.largest, kind.per(layers))
 
 
 def add(terms: Iterable[int | float]) -> int | float:
@@ -202,13 +255,18 @@ def add(terms: Iterable[int | float]) -> int | float:
 def used(budget: Budget, policy: Policy, importance: Importance) -> int | float:
     """What a policy spends of a budget: exact for counted costs."""
     searched = [layer.path for layer in importance.layers if layer.searched]
-    entries = (
+    entries = [
         budget.table[
             row, importance.bit_widths.index(policy[path].w), importance.activation_bit_widths.index(policy[path].a)
         ].item()
         for row, path in enumerate(searched)
-    )
-    return add([budget.fixed, *entries])
+    ]
+    return max([budget.fixed, *entries]) if budget.largest else add([budget.fixed, *entries])
+
+
+def shown(budget: Budget, value: int | float) -> int | float:
+    """A sum or limit of a budget as people read it: a mean where the budget is one."""
+    return value if budget.per == 1 else float(Fraction(value) / budget.per)
 
 
 def load_latency(path: str | Path) -> Latency:
@@ -277,7 +335,7 @@ def describe_text(layers: Sequence[Layer]) -> str:
 
 
 def human(value: int | float, unit: str) -> str:
-    """ "55.31 G" BitOps, "1.24 MB", "3.20 ms"."""
+    """ "55.31 G" BitOps, "1.24 MB", "3.200 ms", "3.200 bits"."""
     if unit == "bytes":
         for size_unit, factor in (("MB", 2**20), ("KB", 2**10)):
             if value >= factor:

@@ -32,6 +32,8 @@ def save_importance(path: str | Path, importance: Importance) -> None:
         "bit_widths": list(importance.bit_widths),
         "layers": [_layer_to_json(layer) for layer in importance.layers],
     }
+    if importance.rules:
+        value["rules"] = list(importance.rules)
     if importance.activation_bit_widths != importance.bit_widths:
         value["activation_bit_widths"] = list(importance.activation_bit_widths)
     for name in ("weight", "activation", "pair"):
@@ -87,6 +89,9 @@ def load_importance(path: str | Path) -> Importance:
     criterion = value.get("criterion")
     if not isinstance(criterion, str):
         raise refuse('"criterion" must be a name')
+    rules = value.get("rules", [])
+    if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
+        raise refuse('"rules" must be a list of texts such as "regex=w4+"')
     return Importance(
         criterion=criterion,
         bit_widths=widths,
@@ -96,6 +101,7 @@ def load_importance(path: str | Path) -> Importance:
         activation=tables.get("activation"),
         pair=tables.get("pair"),
         alpha=None if alpha is None else float(alpha),
+        rules=tuple(rules),
     )
 
 

@@ -245,7 +245,7 @@ def _checkpoint(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], va
 def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[str, Any]):
     params = eqn.params
     closed, length = params["jaxpr"], params["length"]
-    n_consts, n_carry = params["num_consts"], params["num_carry"]
+    n_consts, n_carry = _scan_counts(params)
     consts, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
     inner = [o._replace(tensor=walk.fresh()) for o in origins]
     for i in range(n_consts, n_consts + n_carry):
@@ -285,6 +285,14 @@ def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: 
     walk.scans = walk.scans[:-1]
     outs_origins = [o._replace(tensor=walk.fresh(), stack=()) for o in found[-1]]
     return [*carry, *ys], outs_origins, taps
+
+
+def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many its carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.11 tells it by the trees it was called with
+    return len(list(consts)), len(list(carry))
 
 
 def _counted_once(walk: _Walk, body: Callable[..., Any]) -> Callable[..., Any]:

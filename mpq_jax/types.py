@@ -62,6 +62,7 @@ class Importance(NamedTuple):
     weight: [L, Kw] float64 and activation: [L, Ka] float64, one row a *searched* layer in the order of `layers`; or
     pair: [L, Kw, Ka] float64 in place of both, where a criterion is not additive.
     alpha: what `weight` is multiplied by in the sum; None where both tables share a unit (then 1).
+    rules: what searches must respect beside the layers' candidates; see search.constraints.
     """
 
     criterion: str
@@ -72,6 +73,7 @@ class Importance(NamedTuple):
     activation: np.ndarray | None
     pair: np.ndarray | None = None
     alpha: float | None = None
+    rules: tuple[str, ...] = ()
 
 
 class Budget(NamedTuple):
@@ -82,7 +84,9 @@ class Budget(NamedTuple):
     table: [L, Kw, Ka], int64 for counted costs (exact), float64 for measured ones.
     fixed: what the layers that are not searched cost.
     limit: in the unit of the table.
-    unit: "BitOps", "bytes", "ms".
+    unit: "BitOps", "bytes", "ms", "bits".
+    largest: the limit holds for the largest entry and for fixed, not for their sum.
+    per: the weights' sum of a mean (mean bits); table, fixed and limit are divided by it to be shown. Else 1.
     """
 
     name: str
@@ -91,6 +95,8 @@ class Budget(NamedTuple):
     fixed: int | float
     limit: int | float
     unit: str
+    largest: bool = False
+    per: int = 1
 
 
 class Solution(NamedTuple):
@@ -100,7 +106,8 @@ class Solution(NamedTuple):
     objective: importance of the policy; bound: proven lower bound of it over all policies within the budgets.
     status: "optimal" (objective equals bound) or "feasible" (the time ran out: the gap is objective - bound).
     seconds: wall-clock from tables in memory to the checked policy.
-    used: budget name -> (used, limit), recomputed from the policy in exact arithmetic.
+    used: budget name -> (used, limit), recomputed from the policy in exact arithmetic; mean bits as means.
+    gap: (objective - bound) / |objective|; 0 where optimal.
     """
 
     policy: dict[str, Bits]
@@ -110,6 +117,11 @@ class Solution(NamedTuple):
     solver: str
     seconds: float
     used: dict[str, tuple[int | float, int | float]]
+
+    @property
+    def gap(self) -> float:
+        apart = self.objective - self.bound
+        return apart / abs(self.objective) if apart and self.objective else apart
 
 
 class TensorQuantizer(NamedTuple):

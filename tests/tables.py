@@ -12,7 +12,7 @@ def made(seed=0, layers=4, widths=(2, 3, 4), activation_widths=None, tied=False,
     """A random importance over `layers` searched layers, a fixed one before and one left in float behind."""
     rng = np.random.default_rng(seed)
     activation_widths = activation_widths or widths
-    table = [Layer("first", 101, 5000, False, Bits(8, 8))]
+    table = [Layer("first", 101, 5000, False, Bits(8, 8), inputs=30, outputs=40)]
     for i in range(layers):
         own = (
             {"weight_bit_widths": widths[1:], "activation_bit_widths": activation_widths[:2]}
@@ -26,10 +26,12 @@ def made(seed=0, layers=4, widths=(2, 3, 4), activation_widths=None, tied=False,
                 int(rng.integers(1000, 90000)),
                 True,
                 tied="in" if tied and i < 2 else None,
+                inputs=int(rng.integers(10, 900)),
+                outputs=int(rng.integers(10, 900)),
                 **own,
             )
         )
-    table.append(Layer("last", 7, 70, False, Bits(32, 32)))
+    table.append(Layer("last", 7, 70, False, Bits(32, 32), inputs=5, outputs=6))
     weight = -np.sort(-rng.random((layers, len(widths))), 1)
     activation = -np.sort(-rng.random((layers, len(activation_widths))), 1)
     three = rng.random((layers, len(widths), len(activation_widths)))
@@ -64,21 +66,29 @@ def every_policy(importance):
 
 
 def cost_by_hand(importance, policy, name):
-    """BitOps or bytes of a policy in plain Python integers."""
+    """What a policy costs, in plain Python integers; means as sums of bits."""
+    layers = importance.layers
     if name == "bitops":
-        return sum(ly.macs * policy[ly.path].w * policy[ly.path].a for ly in importance.layers)
-    return sum((ly.params * policy[ly.path].w + 7) // 8 for ly in importance.layers)
+        return sum(ly.macs * policy[ly.path].w * policy[ly.path].a for ly in layers)
+    if name == "size":
+        return sum((ly.params * policy[ly.path].w + 7) // 8 for ly in layers)
+    if name == "memory":
+        return max(((ly.inputs + ly.outputs) * policy[ly.path].a + 7) // 8 for ly in layers)
+    if name == "wbits":
+        return sum(ly.params * policy[ly.path].w for ly in layers)
+    assert name == "abits"
+    return sum(ly.inputs * policy[ly.path].a for ly in layers)
 
 
 def budgets_of(importance, *texts):
     return costs.parse_budgets(texts, importance.layers, importance.bit_widths, importance.activation_bit_widths)
 
 
-def best_by_force(importance, budgets, alpha=None):
-    """(objective, policies that reach it); objective None where nothing fits."""
+def best_by_force(importance, budgets, alpha=None, allowed=lambda policy: True):
+    """(objective, policies that reach it); objective None where nothing fits. Costs by hand."""
     best, winners = None, []
     for policy in every_policy(importance):
-        if all(cost_by_hand(importance, policy, b.name) <= b.limit for b in budgets):
+        if allowed(policy) and all(cost_by_hand(importance, policy, b.name) <= b.limit for b in budgets):
             value = total(importance, policy, alpha)
             if best is None or value < best - 1e-12:
                 best, winners = value, [policy]

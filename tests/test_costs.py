@@ -11,6 +11,7 @@ from mpq_jax import Bits, Layer, Refusal, costs
 TABLE = made(0)
 MACS = sum(layer.macs for layer in TABLE.layers)
 PARAMS = sum(layer.params for layer in TABLE.layers)
+INPUTS = sum(layer.inputs for layer in TABLE.layers)
 
 
 def uniform_cost(w, a, name):
@@ -31,6 +32,9 @@ def uniform_cost(w, a, name):
         ("size=3.5KB", 3584),
         ("size=900B", 900),
         ("size=12.2x", int(Fraction(PARAMS * 4) / Fraction("12.2"))),
+        ("memory=1.5KB", 1536),
+        ("wbits=3.2", int(Fraction("3.2") * PARAMS)),
+        ("abits=4", 4 * INPUTS),
     ],
 )
 def test_limits(text, limit):
@@ -41,7 +45,7 @@ def test_limits(text, limit):
 def test_tables_and_fixed_layers_add_up():
     """For every policy: table entries + fixed = the sum over layers by hand, exactly."""
     importance = made(1, layers=2, tied=True)
-    budgets = budgets_of(importance, "bitops=W3A3", "size=W3")
+    budgets = budgets_of(importance, "bitops=W3A3", "size=W3", "memory=1KB", "wbits=3", "abits=3")
     for policy in every_policy(importance):
         for budget in budgets:
             assert costs.used(budget, policy, importance) == cost_by_hand(importance, policy, budget.name)
@@ -57,7 +61,19 @@ def test_tables_and_fixed_layers_add_up():
         *("size=W3A4", "size=8", "size=8mb", "size=0x", "size=0B", "size=-3KB", "size=1TB", "size=W0"),
         *("bitops=W33A3", "bitops=W3A99", "size=W64", "bitops=\u0663G", "bitops=W" + "9" * 5000 + "A3"),
         *("bitops=0." + "9" * 5000 + "G", "size=" + "9" * 5000 + "MB", "bitops=1_0G", "bitops=1.G", "bitops=.5G"),
-        *("latency=3", "latency=0ms", "latency=-3ms", "flops=3G", "wbits=3.2", "", "="),
+        *("latency=3", "latency=0ms", "latency=-3ms", "flops=3G", "", "="),
+        *(
+            "wbits=0",
+            "wbits=-3",
+            "wbits=33",
+            "wbits=W3",
+            "wbits=3x",
+            "abits=",
+            "abits=nan",
+            "memory=W3",
+            "memory=3",
+            "memory=0KB",
+        ),
     ],
 )
 def test_refused(text):
@@ -73,6 +89,29 @@ def test_refused_together():
         budgets_of(TABLE)
     with pytest.raises(Refusal, match="--latency"):
         budgets_of(TABLE, "latency=3ms")
+
+
+def test_means_are_shown_as_means():
+    (budget,) = budgets_of(TABLE, "wbits=3.25")
+    policy = {layer.path: layer.bits or Bits(4, 2) for layer in TABLE.layers}
+    by_hand = sum(layer.params * policy[layer.path].w for layer in TABLE.layers) / PARAMS
+    assert costs.shown(budget, costs.used(budget, policy, TABLE)) == pytest.approx(by_hand, rel=1e-15)
+    assert costs.shown(budget, budget.limit) == pytest.approx(3.25, abs=1 / PARAMS)
+
+
+def test_memory_and_means_need_elements():
+    bare = [layer._replace(inputs=None) for layer in TABLE.layers]
+    for text in ("memory=1KB", "abits=4"):
+        with pytest.raises(Refusal, match='layer .first. has no "inputs"'):
+            costs.parse_budgets([text], bare, TABLE.bit_widths, TABLE.activation_bit_widths)
+
+
+def test_limits_are_restored_from_a_policy():
+    """What a saved policy says of its limits is the budget again, latency aside."""
+    budgets = budgets_of(TABLE, "bitops=W3A3", "memory=1KB", "wbits=3.2", "abits=4.7")
+    limits = {budget.name: costs.shown(budget, budget.limit) for budget in budgets}
+    again = costs.restore_budgets({**limits, "latency": 3.0}, TABLE)
+    assert [(b.name, b.limit) for b in again] == [(b.name, b.limit) for b in budgets]
 
 
 def latency_file(path, **changes):

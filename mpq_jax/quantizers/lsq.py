@@ -102,6 +102,8 @@ def lsq(
         q_n, q_p = apply_range(bits, signed, weight)
         step_size = in_use(values["step_size"])
         elements = x.size / step_size.size
+        # In the step size's own precision: float32 here would be all the precision of a float64 run.
+        q_p = q_p.astype(step_size.dtype)
         g = 1 / jnp.sqrt(q_p * elements) if gradient_scale else jnp.ones_like(q_p)
         return fake_quant(x, step_size, q_n, q_p, g)
 

@@ -1,22 +1,13 @@
-"""What stands beside every answer: the best uniform policy that fits, and random ones of the same budget."""
+"""What stands beside every answer: the best uniform policy that fits, random ones of the same budget, the reversed one."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from mpq_jax import costs
-from mpq_jax import policy as policies
 from mpq_jax.importance import total
+from mpq_jax.search.problem import Problem, build
 from mpq_jax.types import Bits, Budget, Importance
-
-
-class _Unit(NamedTuple):
-    """Bits that move together: of `kind` "w" or "a", in the layers `paths`, to any of `candidates`."""
-
-    paths: tuple[str, ...]
-    kind: str
-    candidates: tuple[int, ...]
 
 
 def fits(policy: dict[str, Bits], budgets: Sequence[Budget], importance: Importance) -> bool:
@@ -24,29 +15,58 @@ def fits(policy: dict[str, Bits], budgets: Sequence[Budget], importance: Importa
     return all(costs.used(budget, policy, importance) <= budget.limit for budget in budgets)
 
 
+# ---- uniform ------------------------------------------------------------------------------------------------------
+
+
 def best_uniform(
     importance: Importance, budgets: Sequence[Budget], alpha: float | None = None
 ) -> tuple[str, dict[str, Bits]] | None:
     """("W3A3", policy): of all WiAj that fit, the one of least importance (of equals, the one with more bits).
 
-    None where not even the narrowest fits.
+    A layer that a candidate list or a rule keeps from those bits has the nearest it may have. None where not even the
+    narrowest fits.
     """
     found = []
-    for w in importance.bit_widths:
-        for a in importance.activation_bit_widths:
-            policy = policies.uniform(importance.layers, w, a, importance.bit_widths, importance.activation_bit_widths)
-            if _ties_hold(policy, importance) and fits(policy, budgets, importance):
-                found.append((total(importance, policy, alpha), -(w + a), -w, f"W{w}A{a}", policy))
+    for name, policy in uniform_policies(importance):
+        if fits(policy, budgets, importance):
+            more_bits = tuple(-bits for bits in _widths_of(name))
+            found.append((total(importance, policy, alpha), sum(more_bits), more_bits, name, policy))
     return min(found)[3:] if found else None
 
 
-def _ties_hold(policy: dict[str, Bits], importance: Importance) -> bool:
-    seen: dict[str, int] = {}
-    return all(
-        seen.setdefault(layer.tied, policy[layer.path].a) == policy[layer.path].a
-        for layer in importance.layers
-        if layer.searched and layer.tied is not None
-    )
+def uniform_policies(importance: Importance) -> list[tuple[str, dict[str, Bits]]]:
+    """[("W2A2", policy), ...] for all pairs of the candidates, each layer at the nearest bits that it may have."""
+    problem = build(importance, [])
+    fixed = {layer.path: layer.bits for layer in importance.layers if layer.bits is not None}
+    named = []
+    for w in importance.bit_widths:
+        for a in importance.activation_bit_widths:
+            policy = fixed | problem.policy(_nearest(problem, w, a))
+            named.append((f"W{w}A{a}", {layer.path: policy[layer.path] for layer in importance.layers}))
+    return named
+
+
+def _widths_of(name: str) -> tuple[int, int]:
+    w, a = name[1:].split("A")
+    return int(w), int(a)
+
+
+def _nearest(problem: Problem, w: int, a: int) -> np.ndarray:
+    """picks [L]: the allowed choice nearest to WwAa in each row, the narrower of two; tied rows share activation bits."""
+    far = np.abs(problem.w - w) + np.abs(problem.a - a)
+    order = np.lexsort((problem.w, problem.w + problem.a, far))
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    picks = np.where(problem.allowed, rank, len(order)).argmin(1)
+    for group in problem.tied:
+        rows = list(group)
+        shared = min(problem.shared_bits(group), key=lambda bits: (abs(bits - a), bits))
+        mask = problem.allowed[rows] & (problem.a == shared)
+        picks[rows] = np.where(mask, rank, len(order)).argmin(1)
+    return picks
+
+
+# ---- random -------------------------------------------------------------------------------------------------------
 
 
 def random_policies(
@@ -56,57 +76,88 @@ def random_policies(
 
     Drawn uniformly, then moved by random single changes towards the budget, so that no layer is favoured. Fewer come
     back, none in most cases, where 200 tries in a row find no such policy: a budget above what the widest policy
-    costs, or another budget that binds first.
+    costs, or another budget that binds first. A first budget on the largest layer only has to hold.
     """
     rng = np.random.default_rng(seed)
-    units = _units(importance)
+    problem = build(importance, budgets)
+    fixed = {layer.path: layer.bits for layer in importance.layers if layer.bits is not None}
+    first = problem.names.index(budgets[0].name) if budgets[0].name in problem.names else None
     found: list[dict[str, Bits]] = []
     for _ in range(count):
-        tries = (_towards(importance, budgets, units, rng, within) for _ in range(200))
-        policy = next((policy for policy in tries if policy is not None), None)
-        if policy is None:
+        tries = (_towards(problem, rng, first, within) for _ in range(200))
+        picks = next((picks for picks in tries if picks is not None), None)
+        if picks is None:
             break
-        found.append(policy)
+        policy = fixed | problem.policy(picks)
+        found.append({layer.path: policy[layer.path] for layer in importance.layers})
     return found
 
 
-def _units(importance: Importance) -> list[_Unit]:
-    """One unit for the weights of each layer, one for the activations of each group of tied layers."""
-    searched = [layer for layer in importance.layers if layer.searched]
-    shared = policies.tied_candidates(importance.layers, importance.activation_bit_widths)
-    groups: dict[tuple[str | None, str], list[str]] = {}
-    for layer in searched:
-        groups.setdefault((layer.tied, "" if layer.tied is not None else layer.path), []).append(layer.path)
-    weights = [_Unit((ly.path,), "w", tuple(ly.weight_bit_widths or importance.bit_widths)) for ly in searched]
-    return weights + [_Unit(tuple(paths), "a", shared[paths[0]]) for paths in groups.values()]
+def _drawn(problem: Problem, rng: np.random.Generator) -> np.ndarray:
+    """picks [L], each row's drawn uniformly from what it may have; tied rows draw their activation bits together."""
+    picks = np.array([rng.choice(np.flatnonzero(allowed)) for allowed in problem.allowed])
+    for group in problem.tied:
+        rows = list(group)
+        shared = rng.choice(sorted(problem.shared_bits(group)))
+        for row in rows:
+            picks[row] = rng.choice(np.flatnonzero(problem.allowed[row] & (problem.a == shared)))
+    return picks
 
 
-def _towards(
-    importance: Importance, budgets: Sequence[Budget], units: list[_Unit], rng: np.random.Generator, within: float
-) -> dict[str, Bits] | None:
+def _towards(problem: Problem, rng: np.random.Generator, first: int | None, within: float) -> np.ndarray | None:
     """One random walk: bits taken away while a budget is broken, then given back while all hold.
 
     None where it gets stuck below the first budget, or above any.
     """
-    policy = policies.random(importance.layers, importance.bit_widths, importance.activation_bit_widths, rng)
+    picks = _drawn(problem, rng)
+    units = [*problem.tied, *((row,) for row in range(len(picks)))]
+    spent, limits = list(problem.spent(picks)), problem.limit
     while True:
-        down = not fits(policy, budgets, importance)
-        if not down and costs.used(budgets[0], policy, importance) >= (1 - within) * budgets[0].limit:
-            return policy
+        down = any(s > limit for s, limit in zip(spent, limits, strict=True))
+        if not down and (first is None or spent[first] + problem.fixed[first] >= (1 - within) * problem.whole[first]):
+            return picks if problem.fits(picks) else None
         for unit in rng.permutation(len(units)):
-            moved = _moved(policy, units[unit], down)
-            if moved is not None and (down or fits(moved, budgets, importance)):
-                policy = moved
+            rows = list(units[unit])
+            moved = _moved(problem, picks, rows, down, rng)
+            if moved is None:
+                continue
+            after = [
+                s + costs.add((c[rows, moved] - c[rows, picks[rows]]).tolist())
+                for s, c in zip(spent, problem.cost, strict=True)
+            ]
+            if down or all(s <= limit for s, limit in zip(after, limits, strict=True)):
+                picks[rows], spent = moved, after
                 break
         else:
             return None
 
 
-def _moved(policy: dict[str, Bits], unit: _Unit, down: bool) -> dict[str, Bits] | None:
-    """The policy with one unit at its next narrower or wider candidate; None where there is none."""
-    now = getattr(policy[unit.paths[0]], unit.kind)
-    options = [b for b in unit.candidates if (b < now if down else b > now)]
+def _moved(
+    problem: Problem, picks: np.ndarray, rows: list[int], down: bool, rng: np.random.Generator
+) -> np.ndarray | None:
+    """Columns of some rows after one step narrower or wider: a row's own next choices, or a group's next shared width.
+
+    None where there is none.
+    """
+    w, a, sign = problem.w, problem.a, -1 if down else 1
+    now = picks[rows[0]]
+    if len(rows) == 1:
+        further = problem.allowed[rows[0]] & (sign * w >= sign * w[now]) & (sign * a >= sign * a[now])
+        if any(rows[0] in group for group in problem.tied):
+            further &= a == a[now]
+        further[now] = False
+        columns = np.flatnonzero(further)
+        # The next ones: those that no other lies before.
+        before = (sign * w[columns] <= sign * w[columns, None]) & (sign * a[columns] <= sign * a[columns, None])
+        columns = columns[before.sum(1) == 1]
+        return columns[[rng.integers(len(columns))]] if len(columns) else None
+    options = [bits for bits in problem.shared_bits(tuple(rows)) if sign * bits > sign * a[now]]
     if not options:
         return None
-    bits = max(options) if down else min(options)
-    return policy | {path: policy[path]._replace(**{unit.kind: bits}) for path in unit.paths}
+    shared, moved = min(options, key=lambda bits: sign * bits), []
+    for row in rows:
+        columns = np.flatnonzero(problem.allowed[row] & (a == shared) & (sign * w >= sign * w[picks[row]]))
+        if not len(columns):
+            return None
+        moved.append(columns[(sign * w[columns]).argmin()])
+    return np.array(moved)

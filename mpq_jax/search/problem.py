@@ -1,76 +1,105 @@
-"""The multiple-choice problem behind a search, as flat arrays: one entry a (layer, weight bits, activation bits)."""
+"""The multiple-choice problem behind a search, as dense arrays: one row a layer, one column a pair of bits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from mpq_jax import costs
 from mpq_jax.costs import add, human
 from mpq_jax.importance import combined
 from mpq_jax.policy import tied_candidates
+from mpq_jax.search.constraints import allowed_pairs, shared_groups
 from mpq_jax.types import Bits, Budget, Importance, Refusal
 
 
 class Problem(NamedTuple):
-    """minimise value @ x over boolean x [C], one choice a layer, cost[m] @ x <= limit[m].
+    """minimise the sum of value[l, picks[l]] over one allowed column a row, with sum cost[m][l, picks[l]] <= limit[m].
 
-    layer, w, a: int [C], the searched layer's number and bits of each choice. value: float64 [C].
-    cost: per budget [C] (int64 where exact). limit: what is left of each budget after the fixed layers, which cost
-    `fixed` of `whole`.
-    paths: [L] of the searched layers. tied: groups of layer numbers that share activation bits.
+    paths: L rows, each the searched layers that get the same bits: mostly one, more where a rule says "share".
+    w, a: int [C] bits of each column; column i * Ka + j has the i-th weight width and the j-th activation width.
+    allowed: bool [L, C]. value: float64 [L, C], infinite where not allowed.
+    cost: per budget [L, C] (int64 where exact). limit: what is left of each budget after the fixed layers, which cost
+    `fixed` of `whole`. names: of the budgets.
+    widths: (Kw, Ka), C = Kw * Ka. tied: groups of rows that share activation bits.
     """
 
-    layer: np.ndarray
+    paths: tuple[tuple[str, ...], ...]
     w: np.ndarray
     a: np.ndarray
+    allowed: np.ndarray
     value: np.ndarray
     cost: tuple[np.ndarray, ...]
     limit: tuple[int | float, ...]
     fixed: tuple[int | float, ...]
     whole: tuple[int | float, ...]
-    paths: tuple[str, ...]
+    names: tuple[str, ...]
+    widths: tuple[int, int]
     tied: tuple[tuple[int, ...], ...]
 
     def keep(self, chosen: np.ndarray) -> "Problem":
-        """The problem with only some choices; chosen: bool [C]."""
-        return self._replace(
-            layer=self.layer[chosen],
-            w=self.w[chosen],
-            a=self.a[chosen],
-            value=self.value[chosen],
-            cost=tuple(c[chosen] for c in self.cost),
-        )
+        """The problem with only some choices; chosen: bool [L, C]."""
+        allowed = self.allowed & chosen
+        return self._replace(allowed=allowed, value=np.where(allowed, self.value, np.inf))
+
+    @property
+    def bits(self) -> np.ndarray:
+        """int [L, C]: bits that a choice gives away, of all layers of its row."""
+        return np.array([len(paths) for paths in self.paths])[:, None] * (self.w + self.a)
+
+    def shared_bits(self, group: tuple[int, ...]) -> set[int]:
+        """Activation bits that all rows of a tied group may have."""
+        return set.intersection(*(set(self.a[self.allowed[row]].tolist()) for row in group))
 
     def policy(self, picks: np.ndarray) -> dict[str, Bits]:
-        """Bits of the searched layers, from the indices [L] of the chosen entries."""
-        return {self.paths[self.layer[p]]: Bits(int(self.w[p]), int(self.a[p])) for p in picks}
+        """Bits of the searched layers, from the columns [L] picked."""
+        return {
+            path: Bits(int(self.w[p]), int(self.a[p]))
+            for paths, p in zip(self.paths, picks, strict=True)
+            for path in paths
+        }
+
+    def picks(self, policy: Mapping[str, Bits]) -> np.ndarray | None:
+        """The columns [L] that a policy picks; None where it picks what is not allowed here."""
+        found = []
+        for row, paths in enumerate(self.paths):
+            column = np.flatnonzero((self.w == policy[paths[0]].w) & (self.a == policy[paths[0]].a))
+            if len({policy[path] for path in paths}) > 1 or not len(column) or not self.allowed[row, column[0]]:
+                return None
+            found.append(column[0])
+        picks = np.array(found)
+        return picks if all(len(set(self.a[picks[list(group)]])) == 1 for group in self.tied) else None
 
     def spent(self, picks: np.ndarray) -> tuple[int | float, ...]:
         """What the picks cost, exactly."""
-        return tuple(sum(c[p].item() for p in picks) for c in self.cost)
+        rows = np.arange(len(picks))
+        return tuple(add(c[rows, picks].tolist()) for c in self.cost)
 
     def fits(self, picks: np.ndarray) -> bool:
         """Whether every budget holds: in exact arithmetic; for measured costs as `costs.used` adds them up."""
+        rows = np.arange(len(picks))
         return all(
-            add([fixed, *(c[p].item() for p in picks)]) <= whole
+            add([fixed, *c[rows, picks].tolist()]) <= whole
             for c, fixed, whole in zip(self.cost, self.fixed, self.whole, strict=True)
         )
 
     def only(self, minimise: int, within: int) -> "Problem":
         """The least of one budget's cost within another budget."""
         return self._replace(
-            value=self.cost[minimise].astype(np.float64),
+            value=np.where(self.allowed, self.cost[minimise].astype(np.float64), np.inf),
             cost=(self.cost[within],),
             limit=(self.limit[within],),
             fixed=(self.fixed[within],),
             whole=(self.whole[within],),
+            names=(self.names[within],),
         )
 
 
-def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None) -> Problem:
-    """All allowed choices.
+def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None = None) -> Problem:
+    """All allowed choices: each layer's own candidates, within the table's rules, and within budgets on the largest.
 
-    Raises Refusal where tied layers have no activation bits in common, and for numbers too large to add up.
+    Raises Refusal where a row has no choice left, where tied layers have no activation bits in common, and for numbers
+    too large to add up.
     """
     with np.errstate(over="ignore"):
         table = combined(importance, alpha)
@@ -78,77 +107,142 @@ def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None
     if not np.abs(table).max() < 1e280:
         raise Refusal("the importance holds numbers of 1e280 or more; divide the whole table by a constant")
     searched = [layer for layer in importance.layers if layer.searched]
-    allowed_a = tied_candidates(importance.layers, importance.activation_bit_widths)
-    entries = [
-        (row, i, j)
-        for row, layer in enumerate(searched)
-        for i, w in enumerate(importance.bit_widths)
-        for j, a in enumerate(importance.activation_bit_widths)
-        if w in (layer.weight_bit_widths or importance.bit_widths) and a in allowed_a[layer.path]
-    ]
-    index = tuple(np.array(entries).T)
-    groups: dict[str, list[int]] = {}
-    for row, layer in enumerate(searched):
-        if layer.tied is not None:
-            groups.setdefault(layer.tied, []).append(row)
-    return Problem(
-        layer=index[0],
-        w=np.array(importance.bit_widths)[index[1]],
-        a=np.array(importance.activation_bit_widths)[index[2]],
-        value=table[index],
-        cost=tuple(budget.table[index] for budget in budgets),
-        limit=tuple(budget.limit - budget.fixed for budget in budgets),
-        fixed=tuple(budget.fixed for budget in budgets),
-        whole=tuple(budget.limit for budget in budgets),
-        paths=tuple(layer.path for layer in searched),
-        tied=tuple(tuple(group) for group in groups.values() if len(group) > 1),
+    allowed = allowed_pairs(importance)
+    check_largest(importance, budgets, allowed)
+    for budget in budgets:
+        if budget.largest:
+            allowed &= budget.table <= budget.limit
+    sums = [budget for budget in budgets if not budget.largest]
+    groups = shared_groups(importance)
+    members = [[searched[i].path for i in group] for group in groups]
+    _check_left(
+        np.array([allowed[group].all(0) for group in groups]), members, "the rules and candidates leave no bits"
     )
+    kw, ka = len(importance.bit_widths), len(importance.activation_bit_widths)
+
+    def summed(values: np.ndarray) -> np.ndarray:
+        return np.array([values[group].sum(0) for group in groups]).reshape(len(groups), kw * ka)
+
+    own = np.array([allowed[group].all(0) for group in groups]).reshape(len(groups), kw * ka)
+    problem = Problem(
+        paths=tuple(tuple(paths) for paths in members),
+        w=np.repeat(importance.bit_widths, ka),
+        a=np.tile(importance.activation_bit_widths, kw),
+        allowed=own,
+        value=np.where(own, summed(table), np.inf),
+        cost=tuple(summed(budget.table) for budget in sums),
+        limit=tuple(budget.limit - budget.fixed for budget in sums),
+        fixed=tuple(budget.fixed for budget in sums),
+        whole=tuple(budget.limit for budget in sums),
+        names=tuple(budget.name for budget in sums),
+        widths=(kw, ka),
+        tied=_tied_rows([[searched[i].tied for i in group] for group in groups]),
+    )
+    tied_candidates(importance.layers, importance.activation_bit_widths)  # refuses ties without common candidates
+    return _within_ties(problem)
+
+
+def check_largest(importance: Importance, budgets: Sequence[Budget], allowed: np.ndarray) -> None:
+    """Raises Refusal for a budget on the largest layer that some layer cannot keep; allowed: bool [L, Kw, Ka]."""
+    searched = [layer.path for layer in importance.layers if layer.searched]
+    for budget in budgets:
+        if not budget.largest:
+            continue
+        least_each = np.where(allowed, budget.table, np.iinfo(np.int64).max).min((1, 2)).tolist()
+        reachable, path = max([(budget.fixed, "a fixed layer"), *zip(least_each, searched, strict=True)])
+        if reachable > budget.limit:
+            raise _beyond(budget, reachable, f" (of {path})")
+
+
+def _tied_rows(tied: Sequence[Sequence[str | None]]) -> tuple[tuple[int, ...], ...]:
+    """Groups of rows that share activation bits: rows of one tied name, and all rows that chains of names connect."""
+    group_of: dict[str, set[int]] = {}
+    for row, names in enumerate(tied):
+        named = {name for name in names if name is not None}
+        joined = set().union({row}, *(group_of.get(name, set()) for name in named))
+        for name in [*named, *(n for n, rows in group_of.items() if rows & joined)]:
+            group_of[name] = joined
+    groups = {tuple(sorted(rows)) for rows in group_of.values()}
+    return tuple(sorted(group for group in groups if len(group) > 1))
+
+
+def _within_ties(problem: Problem) -> Problem:
+    """Drops choices whose activation bits another row of the group cannot have."""
+    for group in problem.tied:
+        rows = list(group)
+        mask = np.ones_like(problem.allowed)
+        mask[rows] = np.isin(problem.a, list(problem.shared_bits(group)))
+        problem = problem.keep(mask)
+        paths = [problem.paths[row] for row in rows]
+        _check_left(problem.allowed[rows], paths, "they read one tensor, and no activation bits are left in common")
+    return problem
+
+
+def _check_left(allowed: np.ndarray, paths: Sequence[Sequence[str]], why: str) -> None:
+    for row, names in zip(allowed, paths, strict=True):
+        if not row.any():
+            raise Refusal(f"no choice is left for {', '.join(names)}: {why}; loosen a rule, or allow more bits")
 
 
 def without_dominated(problem: Problem) -> Problem:
-    """Drops every choice that another of its layer beats or equals in value and in every cost.
+    """Drops every choice that another of its row beats or equals in value and in every cost.
 
     One of equal value goes only if the other has no more bits, since fewer bits win ties: of equal choices the one
-    with fewer bits stays (then fewer weight bits), the same way every time. Among tied layers only choices of the same
+    with fewer bits stays (then fewer weight bits), the same way every time. Among tied rows only choices of the same
     activation bits compare.
     """
-    in_group = {row for group in problem.tied for row in group}
-    keep = np.ones(len(problem.layer), bool)
     # Rank first what should win a tie.
     order = np.lexsort((problem.w, problem.w + problem.a))
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    for row in range(len(problem.paths)):
-        mine = np.flatnonzero(problem.layer == row)
-        value, costs = problem.value[mine], [c[mine] for c in problem.cost]
-        for x, p in enumerate(mine):
-            better = (value < value[x]) | ((value == value[x]) & (rank[mine] < rank[p]))
-            for c in costs:
-                better &= c <= c[x]
-            if row in in_group:
-                better &= problem.a[mine] == problem.a[p]
-            keep[p] = not better.any()
-    return problem.keep(keep)
+    value = problem.value
+    # [l, x, y]: y stands above x.
+    better = value[:, None, :] < value[:, :, None]
+    better |= (value[:, None, :] == value[:, :, None]) & (rank[None, :] < rank[:, None])
+    for c in problem.cost:
+        better &= c[:, None, :] <= c[:, :, None]
+    in_group = np.isin(np.arange(len(value)), [row for group in problem.tied for row in group])
+    better &= (problem.a[None, :] == problem.a[:, None]) | ~in_group[:, None, None]
+    return problem.keep(~(better & problem.allowed[:, None, :]).any(2))
+
+
+def within_room(problem: Problem) -> Problem:
+    """Drops every choice that breaks a budget even beside the least of all other rows."""
+    for cost, limit in zip(problem.cost, problem.limit, strict=True):
+        lowest = np.where(problem.allowed, cost, cost.max()).min(1)
+        room = limit - add(lowest.tolist())
+        # Measured costs are added up to 9 decimals.
+        slack = 0 if cost.dtype.kind == "i" else 1e-8
+        problem = problem.keep(cost - lowest[:, None] <= room + slack)
+    return problem
 
 
 def least(problem: Problem, budget: int, fixed: int | float = 0) -> int | float:
     """The least that any policy costs in one budget beside `fixed`, ties respected."""
     cost = problem.cost[budget]
     grouped = {row for group in problem.tied for row in group}
-    terms = [cost[problem.layer == row].min().item() for row in range(len(problem.paths)) if row not in grouped]
+    terms = [cost[row][mask].min().item() for row, mask in enumerate(problem.allowed) if row not in grouped]
     for group in problem.tied:
-        shared = set.intersection(*(set(problem.a[problem.layer == row].tolist()) for row in group))
-        cheapest = [[cost[(problem.layer == row) & (problem.a == a)].min().item() for row in group] for a in shared]
+        rows = list(group)
+        cheapest = [
+            [cost[r][problem.allowed[r] & (problem.a == a)].min().item() for r in rows]
+            for a in problem.shared_bits(group)
+        ]
         terms += min(cheapest, key=add)
     return add([fixed, *terms])
 
 
 def check_reachable(problem: Problem, budgets: Sequence[Budget]) -> None:
     """Raises Refusal for a budget that no policy keeps, with the least reachable value."""
-    for m, budget in enumerate(budgets):
+    for m, budget in enumerate(budget for budget in budgets if not budget.largest):
         reachable = least(problem, m, budget.fixed)
         if reachable > budget.limit:
-            raise Refusal(
-                f"budget {budget.text} allows {human(budget.limit, budget.unit)} ({budget.limit}), but the least "
-                f"reachable is {human(reachable, budget.unit)} ({reachable}); ask for at least that, or allow fewer bits"
-            )
+            raise _beyond(budget, reachable)
+
+
+def _beyond(budget: Budget, reachable: int | float, where: str = "") -> Refusal:
+    limit, least_of = costs.shown(budget, budget.limit), costs.shown(budget, reachable)
+    return Refusal(
+        f"budget {budget.text} allows {human(limit, budget.unit)} ({limit}), but the least reachable is "
+        f"{human(least_of, budget.unit)} ({least_of}){where}; ask for at least that, or allow fewer bits"
+    )

@@ -1,0 +1,200 @@
+"""HiGHS, through CVXPY and in SciPy's own build, each in a forked child that is ended at the limit.
+
+A solver can hang and ignore its own time limit, so the limit is kept from outside.
+"""
+
+import contextlib
+import itertools
+import math
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpq_jax.search.problem import Problem
+
+# SciPy leaves HiGHS's absolute tolerances at 1e-6; objectives of this size make them small.
+MAGNIFIED = 1e4
+
+
+class Answer(NamedTuple):
+    """What a solver says: picks [L] or None, a lower bound on the objective, whether it proved the picks best, and
+    whether it proved that there are none."""
+
+    picks: np.ndarray | None
+    bound: float
+    proved: bool
+    infeasible: bool = False
+
+
+def highs(problem: Problem, cuts: Sequence[np.ndarray], seconds: float) -> Answer:
+    """HiGHS by CVXPY, gap 0 (LIMPQ equation 3): minimise value @ x over boolean x, one choice a row."""
+    return _highs(problem, cuts, seconds, presolve=True)
+
+
+def highs_without_presolve(problem: Problem, cuts: Sequence[np.ndarray], seconds: float) -> Answer:
+    """The same, past what presolve may trip over."""
+    return _highs(problem, cuts, seconds, presolve=False)
+
+
+def _highs(problem: Problem, cuts: Sequence[np.ndarray], seconds: float, presolve: bool) -> Answer:
+    import cvxpy as cp
+
+    flat = _flat(problem, cuts)
+    x = cp.Variable(len(flat.row), boolean=True)
+    constraints = [flat.equal @ x == flat.right]
+    if len(flat.limits):
+        constraints.append(flat.upper @ x <= flat.limits)
+    program = cp.Problem(cp.Minimize(flat.values @ x), constraints)
+    program.solve(
+        solver=cp.HIGHS,
+        mip_rel_gap=0.0,
+        mip_abs_gap=0.0,
+        mip_feasibility_tolerance=1e-9,
+        primal_feasibility_tolerance=1e-9,
+        time_limit=max(0.1, 0.95 * seconds),
+        **({} if presolve else {"presolve": "off"}),
+    )
+    if program.status in (cp.INFEASIBLE, cp.INFEASIBLE_INACCURATE):
+        return Answer(None, -math.inf, False, infeasible=True)
+    # For an interrupted search HiGHS tells how far its bound has come; CVXPY passes it on as it is.
+    dual = getattr(program.solver_stats.extra_stats, "mip_dual_bound", None) if program.solver_stats else None
+    bound = -math.inf if dual is None else dual * flat.scale + flat.offset
+    if x.value is None:
+        return Answer(None, bound, False)
+    return Answer(_picks(problem, flat, x.value), bound, program.status == cp.OPTIMAL)
+
+
+def scipy_highs(problem: Problem, cuts: Sequence[np.ndarray], seconds: float) -> Answer:
+    """The same program in SciPy's own build of HiGHS."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    flat = _flat(problem, cuts)
+    constraints = [LinearConstraint(flat.equal, flat.right, flat.right)]
+    if len(flat.limits):
+        constraints.append(LinearConstraint(flat.upper, -np.inf, flat.limits))
+    found = milp(
+        MAGNIFIED * flat.values,
+        constraints=constraints,
+        integrality=np.ones(len(flat.values)),
+        bounds=Bounds(0, 1),
+        options={"time_limit": max(0.1, 0.95 * seconds), "mip_rel_gap": 0.0},
+    )
+    if found.status == 2:
+        return Answer(None, -math.inf, False, infeasible=True)
+    dual = found.mip_dual_bound
+    bound = -math.inf if dual is None else dual / MAGNIFIED * flat.scale + flat.offset
+    if found.x is None:
+        return Answer(None, bound, False)
+    return Answer(_picks(problem, flat, found.x), bound, found.status == 0)
+
+
+# ---- the program --------------------------------------------------------------------------------------------------
+
+
+class _Flat(NamedTuple):
+    """The allowed choices as one vector: row and column of each, and  equal @ x == right, upper @ x <= limits.
+
+    values from 0 to 1, for a solver's absolute tolerances: objective = scale * values @ x + offset.
+    """
+
+    row: np.ndarray
+    column: np.ndarray
+    values: np.ndarray
+    scale: float
+    offset: float
+    equal: Any
+    right: np.ndarray
+    upper: Any
+    limits: np.ndarray
+
+
+def _flat(problem: Problem, cuts: Sequence[np.ndarray]) -> _Flat:
+    from scipy import sparse
+
+    row, column = np.nonzero(problem.allowed)
+    count, layers = len(row), len(problem.paths)
+    least = problem.value.min(1)
+    above = problem.value[row, column] - least[row]
+    scale = float(above.max()) or 1.0
+    one = sparse.csr_array((np.ones(count), (row, np.arange(count))), shape=(layers, count))
+    ties = []
+    activation = problem.a[column]
+    for group in problem.tied:
+        for first, second in itertools.pairwise(group):
+            for a in sorted(set(activation[(row == first) | (row == second)].tolist())):
+                here = activation == a
+                ties.append(((row == first) & here).astype(float) - ((row == second) & here))
+    equal = sparse.vstack([one, sparse.csr_array(np.array(ties))]) if ties else one
+    upper, limits = [], []
+    for cost, limit in zip(problem.cost, problem.limit, strict=True):
+        # Above each row's least: the numbers that the budget decides by, not large ones that they stand on.
+        lowest = np.where(problem.allowed, cost, cost.max()).min(1)
+        room = float(limit - lowest.sum())
+        upper.append((cost - lowest[:, None])[row, column] / (abs(room) or 1.0))
+        limits.append(room / (abs(room) or 1.0))
+    for picks in cuts:
+        upper.append((picks[row] == column).astype(float))
+        limits.append(layers - 1.0)
+    return _Flat(
+        row=row,
+        column=column,
+        values=above / scale,
+        scale=scale,
+        offset=math.fsum(least),
+        equal=sparse.csr_array(equal),
+        right=np.concatenate([np.ones(layers), np.zeros(len(ties))]),
+        upper=sparse.csr_array(np.array(upper).reshape(-1, count)),
+        limits=np.array(limits),
+    )
+
+
+def _picks(problem: Problem, flat: _Flat, x: np.ndarray) -> np.ndarray:
+    chosen = np.full(problem.value.shape, -1.0)
+    chosen[flat.row, flat.column] = x
+    return chosen.argmax(1)
+
+
+# ---- the child ----------------------------------------------------------------------------------------------------
+
+
+def in_child(function: Callable[..., Answer], arguments: tuple[Any, ...], seconds: float) -> Answer | None:
+    """function(*arguments, seconds) in a forked child; None if it fails or is not done in time."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work():
+        # HiGHS prints a banner; the child's standard output is nobody's.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            _forget_threads()
+            sender.send(function(*arguments, seconds))
+        except Exception:
+            sender.send(None)
+
+    with warnings.catch_warnings():
+        # The child touches nothing that a thread of the parent could hold.
+        warnings.simplefilter("ignore")
+        child = context.Process(target=work, daemon=True)
+        child.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(seconds) else None
+    except EOFError:
+        return None
+    finally:
+        child.kill()
+        child.join()
+        receiver.close()
+
+
+def _forget_threads() -> None:
+    """Drops HiGHS's pool of threads: if the parent has used HiGHS, a fork inherits the pool and none of its threads,
+    and would wait for them for ever."""
+    with contextlib.suppress(ImportError, AttributeError):
+        import highspy
+
+        highspy.Highs.resetGlobalScheduler(False)

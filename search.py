@@ -2,7 +2,10 @@
 
 python search.py --budget bitops=W3A4                              the newest run under runs/
 python search.py --workdir runs/digits --budget bitops=W3A4 --budget size=12.2x
-python search.py --importance importance.json --budget bitops=55.3G
+python search.py --importance importance.json --budget bitops=55.3G --rule "attn=4,8|8,8"
+python search.py --workdir runs/digits --frontier 64 [--budget size=W4]
+python search.py --workdir runs/digits --policy edited.json --check
+python search.py --import-limpq indicators.pkl --config configs/imagenet_resnet50.py --budget bitops=W3A4
 python search.py --config configs/digits.py --describe [--json]
 """
 
@@ -13,51 +16,64 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mpq_jax.config import Parser
 from mpq_jax.types import Refusal
 
-OPTIONS = [
-    "--budget",
-    "--workdir",
-    "--importance",
-    "--alpha",
-    "--out",
-    "--latency",
-    "--time-limit",
-    "--random",
-    "--config",
-    "--describe",
-    "--json",
-    "--help",
-]
+
+class Table(NamedTuple):
+    """What is searched: the repaired importance, the file that it came from, and the alpha that was asked for."""
+
+    importance: Any
+    path: Path
+    alpha: float | None
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Arguments; refuses what can be refused before CVXPY or JAX is imported."""
+# ---- arguments ----------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> Parser:
     parser = Parser(prog="search.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add(
         "--budget",
         action="append",
         default=[],
-        help="bitops=W3A4 | 55.3G | 76x; size=W3 | 8MB | 12.2x; latency=3ms; repeatable",
+        help="bitops=W3A4 | 55.3G | 76x; size=W3 | 8MB | 12.2x; latency=3ms; memory=256KB; wbits=3.2; abits=4; repeatable",
     )
     add("--workdir", type=Path, help="a run; default: the newest under runs/")
     add("--importance", type=Path, help="an importance.json of any origin, in place of a run")
+    add("--import-limpq", type=Path, help="indicators of LIMPQ's code (.pkl) or a .csv; needs --config for the layers")
+    add(
+        "--rule",
+        action="append",
+        default=[],
+        help='regex=8,8 | 4,4|4,8 | w2/4,a8 | w4+ | 4- | "not w2" | equal | share; repeatable, all hold together',
+    )
     add("--alpha", default="auto", help="factor of the weights' table, or auto: the fitted one (default)")
     add("--out", type=Path, help="where the policy is written; default: policy.json beside the importance")
     add("--latency", type=Path, help="latency.json, for a latency budget")
+    add("--frontier", type=int, metavar="N", help="also the best policies at N limits of the first budget (bitops)")
+    add("--policy", type=Path, help="with --check: a policy.json, edited by hand perhaps")
+    add("--check", action="store_true", help="what --policy costs, and what it loses against the best")
     add("--time-limit", type=float, default=60.0, help="seconds of wall-clock for the solver (default 60)")
     add("--random", type=int, default=20, help="random policies shown beside (default 20)")
-    add("--config", type=Path, help="with --describe: the config whose model is described")
+    add("--config", type=Path, help="with --describe and --import-limpq: the config of the model")
     add("--describe", action="store_true", help="layers, parameters, MACs and uniform costs; no data, no training")
     add("--json", action="store_true", help="with --describe: JSON and nothing else")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Arguments, and overrides of the config; refuses what can be refused before CVXPY or JAX is imported."""
+    parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.json and not arguments.describe:
         raise Refusal("--json goes with --describe; leave it out, or add --describe --config …")
-    if rest and not (arguments.describe and arguments.config):
-        near = difflib.get_close_matches(rest[0].partition("=")[0], OPTIONS, n=1, cutoff=0.0)
+    if rest and not arguments.config:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1, cutoff=0.0)
         raise Refusal(f"unknown option {rest[0]}; the nearest is {near[0]} (search.py --help lists all)")
     if arguments.alpha != "auto":
         try:
@@ -68,6 +84,25 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
             raise Refusal(f"--alpha is {arguments.alpha!r}; write auto or a positive number")
     if not 0 < arguments.time_limit < math.inf:
         raise Refusal(f"--time-limit is {arguments.time_limit:g}; write a positive number of seconds")
+    if arguments.frontier is not None and not 2 <= arguments.frontier <= 10_000:
+        raise Refusal(f"--frontier is {arguments.frontier}; write a number of limits from 2 to 10000, e.g. 64")
+    if arguments.check != (arguments.policy is not None):
+        raise Refusal("--policy and --check go together: --policy policy.json --check")
+    if arguments.check and arguments.frontier is not None:
+        raise Refusal("--check and --frontier are two questions; ask one of them")
+    if arguments.config and not (arguments.describe or arguments.import_limpq):
+        raise Refusal("--config goes with --describe or --import-limpq; leave it out, or add one of them")
+    if arguments.import_limpq and not arguments.config:
+        raise Refusal(
+            "--import-limpq needs the model's layers; add --config, e.g. --config configs/imagenet_resnet50.py"
+        )
+    sources = [o for o in ("workdir", "importance", "import_limpq") if getattr(arguments, o) is not None]
+    if len(sources) > 1:
+        names = " and ".join("--" + name.replace("_", "-") for name in sources)
+        raise Refusal(f"{names} both name a table; give one of them")
+    asks = arguments.budget or arguments.frontier or arguments.check or arguments.describe or arguments.import_limpq
+    if not asks:
+        raise Refusal("no budget given; write e.g. --budget bitops=W3A4 (or --frontier 64)")
     return arguments, rest
 
 
@@ -90,6 +125,81 @@ def check_out(out: Path, read: Sequence[Path | None]) -> None:
         raise Refusal(f"--out {out} cannot be written: {above} is no folder; give another --out")
 
 
+# ---- tables -------------------------------------------------------------------------------------------------------
+
+
+def importance_path(arguments: argparse.Namespace, overrides: Sequence[str]) -> Path:
+    """The importance.json to search; what --import-limpq makes is written first."""
+    if arguments.import_limpq is not None:
+        return import_limpq(arguments, overrides)
+    if arguments.importance is not None:
+        return arguments.importance
+    workdir = arguments.workdir
+    if workdir is None:
+        workdir = newest_run()
+        print(f"run: {workdir} (the newest)")
+    path = workdir / "importance.json"
+    if not path.exists():
+        raise Refusal(
+            f"{path} does not exist; finish joint training with: python train.py --config … --workdir {workdir}"
+        )
+    return path
+
+
+def load_table(arguments: argparse.Namespace, path: Path) -> Table:
+    """Reads, binds the rules, repairs outliers (and names them), settles alpha."""
+    from mpq_jax import importance as importances
+    from mpq_jax.search.constraints import check_search_rules
+
+    importance = importances.load_importance(path)
+    rules = (*importance.rules, *arguments.rule)
+    check_search_rules(rules, importance)
+    importance, outliers = importances.repair(importance._replace(rules=rules))
+    for layer, kind, bits in outliers:
+        print(f"repaired: {kind} importance of {layer} at {bits} bits lay below that of more bits")
+    alpha = None if arguments.alpha == "auto" else float(arguments.alpha)
+    if importance.pair is not None:
+        if alpha is not None:
+            raise Refusal(f"{path} holds a pair table, which has no alpha; leave --alpha out")
+    else:
+        fitted = "fitted in training" if importance.alpha is not None else "1: the file has none"
+        print(f"alpha: {alpha or importance.alpha or 1.0:g} ({'as given' if alpha is not None else fitted})")
+    if rules:
+        print(f"rules: {'; '.join(rules)}")
+    return Table(importance, path, alpha)
+
+
+def parse_budgets(arguments: argparse.Namespace, importance, texts: Sequence[str]):
+    from mpq_jax import costs
+
+    latency = costs.load_latency(arguments.latency) if arguments.latency else None
+    return costs.parse_budgets(
+        texts, importance.layers, importance.bit_widths, importance.activation_bit_widths, latency
+    )
+
+
+def import_limpq(arguments: argparse.Namespace, overrides: Sequence[str]) -> Path:
+    from mpq_jax import config as config_lib
+    from mpq_jax import limpq
+    from mpq_jax.importance import save_importance
+
+    indicators = limpq.read(arguments.import_limpq)
+    config = config_lib.load(arguments.config, overrides)
+    importance, ignored = limpq.to_importance(indicators, config, str(arguments.import_limpq))
+    for name in ignored:
+        print(f"not searched here, its indicators are left aside: {name}")
+    path = arguments.import_limpq.with_name("importance.json")
+    if arguments.out is not None and not (arguments.budget or arguments.frontier or arguments.check):
+        path = arguments.out
+    check_out(path, (arguments.import_limpq,))
+    save_importance(path, importance)
+    print(f"importance of {sum(layer.searched for layer in importance.layers)} layers: {path}")
+    return path
+
+
+# ---- what can be asked --------------------------------------------------------------------------------------------
+
+
 def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if arguments.config is None:
         raise Refusal("--describe needs --config, e.g. --config configs/digits.py")
@@ -103,103 +213,94 @@ def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(json.dumps(costs.describe(layers)) if arguments.json else costs.describe_text(layers))
 
 
-def search(arguments: argparse.Namespace) -> None:
+def search(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """One policy for the budgets, and the frontier if asked."""
     from mpq_jax import costs
-    from mpq_jax import importance as importances
-    from mpq_jax.policy import save_policy
 
     for text in arguments.budget:
         costs.check_text(text)
-    path = arguments.importance
-    if path is None:
-        workdir = arguments.workdir
-        if workdir is None:
-            workdir = newest_run()
-            print(f"run: {workdir} (the newest)")
-        path = workdir / "importance.json"
-        if not path.exists():
-            raise Refusal(
-                f"{path} does not exist; finish joint training with: python train.py --config … --workdir {workdir}"
-            )
-    elif arguments.workdir is not None:
-        raise Refusal("--workdir and --importance both name a table; give one of them")
+    path = importance_path(arguments, overrides)
+    if not (arguments.budget or arguments.frontier):
+        return
     out = arguments.out or path.parent / "policy.json"
     check_out(out, (path, arguments.latency))
-    importance = importances.load_importance(path)
-    latency = costs.load_latency(arguments.latency) if arguments.latency else None
-    budgets = costs.parse_budgets(
-        arguments.budget, importance.layers, importance.bit_widths, importance.activation_bit_widths, latency
-    )
-    importance, outliers = importances.repair(importance)
-    for layer, kind, bits in outliers:
-        print(f"repaired: {kind} importance of {layer} at {bits} bits lay below that of more bits")
-    alpha = None if arguments.alpha == "auto" else float(arguments.alpha)
-    if importance.pair is None:
-        source = (
-            "as given"
-            if alpha is not None
-            else "fitted in training"
-            if importance.alpha is not None
-            else "1: the file has none"
-        )
-        print(f"alpha: {alpha or importance.alpha or 1.0:g} ({source})")
-    elif alpha is not None:
-        raise Refusal(f"{path} holds a pair table, which has no alpha; leave --alpha out")
-    # Only now: what can be refused has been.
-    from mpq_jax.search import solve
+    table = load_table(arguments, path)
+    budgets = parse_budgets(arguments, table.importance, arguments.budget) if arguments.budget else []
+    if arguments.frontier and budgets:
+        from mpq_jax.search.frontier import check_walkable
 
-    solution = solve(importance, budgets, alpha=alpha, time_limit=arguments.time_limit)
+        check_walkable(budgets[0])
+    # Only now: what can be refused has been.
+    chosen = write_policy(arguments, table, budgets, out) if budgets else None
+    if arguments.frontier:
+        write_frontier(arguments, table, budgets, out.parent, chosen)
+
+
+def write_policy(arguments: argparse.Namespace, table: Table, budgets, out: Path):
+    from mpq_jax import importance as importances
+    from mpq_jax.policy import save_policy
+    from mpq_jax.search import show, solve
+
+    solution = solve(table.importance, budgets, alpha=table.alpha, time_limit=arguments.time_limit)
     try:
-        save_policy(out, solution, importances.sha256(path))
+        save_policy(out, solution, importances.sha256(table.path))
     except OSError as error:
         raise Refusal(f"{out} cannot be written: {error.strerror}; give another --out") from None
-    show(importance, budgets, solution, alpha, arguments.random)
+    print(f"\n{show.table(table.importance, solution.policy)}\n")
+    print(show.achieved(budgets, solution.used))
+    print(f"{show.certificate(solution)}\n")
+    print(show.beside(table.importance, budgets, table.alpha, arguments.random))
     print(f"policy: {out}")
+    return solution
 
 
-def show(importance, budgets, solution, alpha, count: int) -> None:
-    """Prints bits per layer, what was achieved, and what stands beside it."""
-    import numpy as np
+def write_frontier(arguments: argparse.Namespace, table: Table, budgets, folder: Path, chosen) -> None:
+    from mpq_jax.importance import sha256
+    from mpq_jax.search import frontier as frontiers
+    from mpq_jax.search import show
 
-    from mpq_jax import costs
-    from mpq_jax.importance import reversed_importance, total
-    from mpq_jax.search import best_uniform, random_policies, solve
-
-    width = max(len(layer.path) for layer in importance.layers)
-    print(f"\n{'layer':{width}}  bits    {'params':>11}  {'BitOps':>10}")
-    for layer in importance.layers:
-        bits = solution.policy[layer.path]
-        fixed = "" if layer.searched else "  fixed"
-        cost = costs.human(costs.layer_bitops(layer, bits), "BitOps")
-        print(f"{layer.path:{width}}  W{bits.w}A{bits.a:<4} {layer.params:11,}  {cost:>10}{fixed}")
-    print()
-    for budget in budgets:
-        spent, limit = solution.used[budget.name]
-        print(
-            f"{budget.text}: {costs.human(spent, budget.unit)} of {costs.human(limit, budget.unit)} "
-            f"({100 * spent / limit:.2f} %)"
-        )
-    print(
-        f"objective {solution.objective:.6g}, bound {solution.bound:.6g}: {solution.status} "
-        f"({solution.solver}, {solution.seconds:.3f} s)"
+    # Without a budget the frontier is that of BitOps; the text only names the kind, its limit is walked.
+    walked = budgets or parse_budgets(arguments, table.importance, ["bitops=W8A8"])
+    found = frontiers.frontier(
+        table.importance, walked, arguments.frontier, alpha=table.alpha, time_limit=arguments.time_limit
     )
-    print("\nimportance of others within the same budgets:")
-    uniform = best_uniform(importance, budgets, alpha)
-    if uniform is None:
-        print("  best uniform   none fits")
-    else:
-        print(f"  best uniform   {total(importance, uniform[1], alpha):.6g}  ({uniform[0]})")
-    others = random_policies(importance, budgets, count)
-    if others:
-        values = [total(importance, other, alpha) for other in others]
-        print(f"  random         {np.mean(values):.6g}  (mean of {len(values)} within 2 % of {budgets[0].text})")
-    elif count > 0:
-        print(f"  random         none found within 2 % of {budgets[0].text}")
+    print(f"\n{show.frontier_table(found)}")
+    files = folder / "frontier.json", folder / "frontier.png"
     try:
-        wrong = solve(reversed_importance(importance), budgets, alpha=alpha, time_limit=10.0)
-        print(f"  reversed       {total(importance, wrong.policy, alpha):.6g}  (important layers get fewer bits)")
-    except Refusal:
-        print("  reversed       none found")
+        frontiers.save_frontier(files[0], found, sha256(table.path))
+        frontiers.draw_frontier(files[1], found, chosen)
+    except OSError as error:
+        raise Refusal(f"{folder} cannot be written to: {error.strerror}; give another --out") from None
+    print(f"frontier: {files[0]}, {files[1]}")
+
+
+def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """What --policy costs and loses. -> exit code: 0, or 1 where it breaks a budget or a rule"""
+    from mpq_jax import costs
+    from mpq_jax.files import read_json
+    from mpq_jax.policy import MADE_BY, load_policy
+    from mpq_jax.search import show
+    from mpq_jax.search.check import check as check_policy
+
+    for text in arguments.budget:
+        costs.check_text(text)
+    table = load_table(arguments, importance_path(arguments, overrides))
+    importance = table.importance
+    policy = load_policy(arguments.policy, importance.layers, importance.bit_widths, importance.activation_bit_widths)
+    budgets = parse_budgets(arguments, importance, arguments.budget) if arguments.budget else []
+    if not budgets:
+        saved = read_json(arguments.policy, "mpq-policy", 1, MADE_BY).get("budgets")
+        limits = costs.saved_limits(saved, str(arguments.policy))
+        latency = costs.load_latency(arguments.latency) if arguments.latency else None
+        budgets = costs.restore_budgets(limits, importance, latency)
+    if not budgets:
+        spent = {"bitops": costs.bitops(importance.layers, policy), "size": costs.size(importance.layers, policy)}
+        budgets = costs.restore_budgets(spent, importance)
+        print("no budgets given, and none in the policy: compared within what it costs itself")
+    result = check_policy(importance, policy, budgets, alpha=table.alpha, time_limit=arguments.time_limit)
+    print(f"\n{show.table(importance, policy)}\n")
+    print(show.check_text(budgets, result))
+    return 1 if result.over or result.broken else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,10 +308,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, rest = parse(argv)
         if arguments.describe:
             describe(arguments, rest)
+        elif arguments.check:
+            return check(arguments, rest)
         else:
-            if not arguments.budget:
-                raise Refusal("no budget given; write e.g. --budget bitops=W3A4")
-            search(arguments)
+            search(arguments, rest)
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mpq_jax import models
 from mpq_jax.config import Config
-from mpq_jax.pretrained import load_safetensors
+from mpq_jax.pretrained import load_safetensors, torch_names
 from mpq_jax.quantize import quantize
 from mpq_jax.quantizers import QUANTIZERS
 from mpq_jax.quantizers.lsq import STARTS
@@ -113,11 +113,27 @@ def layer_table(config: Config) -> tuple[Layer, ...]:
 
     Raises Refusal for a data set whose shape is not known without opening it.
     """
+    shape, num_classes = sample_shape(config)
+    return quantized(config, num_classes, shape).layers
+
+
+def sample_shape(config: Config) -> tuple[tuple[int, int, int], int]:
+    """((height, width, channels), classes) of a config's data, without opening it.
+
+    Raises Refusal for a data set whose shape is not known.
+    """
     if config.data.name not in SHAPES:
         raise Refusal(f"the image shape of {config.data.name!r} is not known here; known are {', '.join(SHAPES)}")
     shape, num_classes = SHAPES[config.data.name]
     size = config.data.image_size
-    return quantized(config, num_classes, (size, size, shape[2]) if size else shape).layers
+    return (size, size, shape[2]) if size else shape, num_classes
+
+
+def torch_layer_names(config: Config) -> dict[str, str]:
+    """Torch's module name -> path of our layer; see pretrained.torch_names. From shapes alone."""
+    shape, num_classes = sample_shape(config)
+    model, x = float_model(config, num_classes), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    return torch_names(config.model.name, jax.eval_shape(model.init, jax.random.key(0), x))
 
 
 def uniform_name(bits: int) -> str:
@@ -125,4 +141,14 @@ def uniform_name(bits: int) -> str:
     return f"W{bits}A{bits}"
 
 
-__all__ = ["float_model", "float_variables", "layer_table", "quantized", "quantizer", "rules", "uniform_name"]
+__all__ = [
+    "float_model",
+    "float_variables",
+    "layer_table",
+    "quantized",
+    "quantizer",
+    "rules",
+    "sample_shape",
+    "torch_layer_names",
+    "uniform_name",
+]

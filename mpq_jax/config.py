@@ -83,6 +83,11 @@ class Joint:
 
 
 @dataclasses.dataclass(frozen=True)
+class Search:
+    rules: tuple[str, ...] = ()  # "regex=value" of search.py --rule; kept in importance.json, all hold together
+
+
+@dataclasses.dataclass(frozen=True)
 class Finetune:
     start: str = "joint"  # weights and step sizes from the joint model, or from float
     steps: int = 300
@@ -109,6 +114,7 @@ class Config:
     quantize: Quantize = Quantize()
     pretrain: Pretrain = Pretrain()
     joint: Joint = Joint()
+    search: Search = Search()
     finetune: Finetune = Finetune()
     eval_batch_size: int = 500
     statistics_batches: int = 50  # training batches that normalisation statistics are re-estimated on; too few miss

@@ -213,21 +213,32 @@ def parse_budgets(
     return budgets
 
 
-def restore_budgets(limits: Mapping[str, int | float], importance: Importance) -> list[Budget]:
-    """The budgets of a saved policy, from their limits (a latency budget needs its table and is left out)."""
-    return [
-        _budget(
-            name,
-            f"{name}={limit}",
-            KINDS[name],
-            round(limit * KINDS[name].per(importance.layers)),
-            importance.layers,
-            importance.bit_widths,
-            importance.activation_bit_widths,
-        )
-        for name, limit in limits.items()
-        if name in KINDS and name != "latency"
-    ]
+def restore_budgets(
+    limits: Mapping[str, int | float], importance: Importance, latency: Latency | None = None
+) -> list[Budget]:
+    """The budgets of a saved policy, from their limits; a latency budget needs its table, else it is left out."""
+    kinds = {name: KINDS[name] for name in limits if name in KINDS and name != "latency"}
+    if latency is not None and "latency" in limits:
+        kinds["latency"] = KINDS["latency"]._replace(cost=_layer_latency(latency))
+    layers, widths = importance.layers, (importance.bit_widths, importance.activation_bit_widths)
+    budgets = []
+    for name, kind in kinds.items():
+        total = limits[name] * kind.per(layers)
+        budgets.append(_budget(name, name, kind, total if name == "latency" else round(total), layers, *widths))
+    return budgets
+
+
+def saved_limits(budgets: Any, source: str) -> dict[str, int | float]:
+    """Name -> limit from the "budgets" of a policy.json, which may have none. Raises Refusal for a damaged one."""
+    if budgets is None:
+        return {}
+    limits = {}
+    for name, entry in budgets.items() if isinstance(budgets, dict) else [("budgets", budgets)]:
+        limit = entry.get("limit") if isinstance(entry, dict) else None
+        if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not 0 < limit <= 2**63:
+            raise Refusal(f'{source}: "budgets" has no positive "limit" for {name!r}; mend it, or leave "budgets" out')
+        limits[name] = limit
+    return limits
 
 
 def _budget(name, text, kind: _Kind, limit, layers, bit_widths, activation_bit_widths) -> Budget:

@@ -20,6 +20,7 @@ from mpq_jax.criteria.learned import learned
 from mpq_jax.files import read_json, write_json
 from mpq_jax.numerics import at_bits
 from mpq_jax.search import best_uniform, random_policies
+from mpq_jax.search.constraints import check_search_rules
 from mpq_jax.types import Bits, Budget, Importance, Policy, QuantizedModel, Refusal
 
 # (name, policies that its row is the mean of)
@@ -31,6 +32,8 @@ def learn(config: Config, workdir: Path) -> Importance:
     alpha = _alpha(config.joint.alpha)
     run = stages.open_run(config, workdir)
     searched = sum(layer.searched for layer in run.model.layers)
+    widths = run.model.bit_widths, run.model.activation_bit_widths
+    check_search_rules(config.search.rules, Importance("none yet", *widths, run.model.layers, None, None))
     print(f"{config.model.name} on {config.data.name}: {searched} of {len(run.model.layers)} layers are searched")
     variables = stages.pretrain(run)
     loss, accuracy = _evaluated(run, variables, None, "validation")
@@ -39,7 +42,7 @@ def learn(config: Config, workdir: Path) -> Importance:
     state, log = stages.joint_train(run, start)
     end = joint.row_variables(state, 0, averaged=True)
     table, outliers = importance.repair(learned(run.model, end, log))
-    table = table._replace(alpha=alpha if alpha is not None else table.alpha)
+    table = table._replace(alpha=alpha if alpha is not None else table.alpha, rules=config.search.rules)
     for path, kind, bits in outliers:
         print(f"repaired: the {kind} indicator of {path} at {bits} bits fell where bits were taken away")
     write_json(
@@ -82,7 +85,7 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
     table = importance.load_importance(workdir / "importance.json")
     mixed = policy.load_policy(policy_path, table.layers, table.bit_widths, table.activation_bit_widths)
     saved = read_json(policy_path, "mpq-policy", 1, policy.MADE_BY)
-    budgets = costs.restore_budgets({name: b["limit"] for name, b in saved.get("budgets", {}).items()}, table)
+    budgets = costs.restore_budgets(costs.saved_limits(saved.get("budgets"), str(policy_path)), table)
     run = stages.open_run(config, workdir)
     float_variables = stages.pretrain(run)
     joint_state, _ = stages.joint_train(run, stages.calibrated(run, float_variables))

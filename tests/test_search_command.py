@@ -81,6 +81,20 @@ REFUSED = [
     (["--describe", "--config", "configs/digits.py", "--model.name", "resnet9"], "possible: resnet8"),
     (["--describe", "--config", "configs/digits.py", "--model.name", "no_such_package:net"], "no_such_package"),
     (["--describe"], "needs --config"),
+    (["--frontier", "1"], "from 2 to 10000"),
+    (["--frontier", "many"], "invalid int"),
+    (["--frontier", "8", "--budget", "memory=1MB"], "name another first"),
+    (["--policy", "p.json"], "go together"),
+    (["--check", "--budget", "bitops=W3A3"], "go together"),
+    (["--policy", "p.json", "--check"], "p.json does not exist"),
+    (["--policy", "p.json", "--check", "--frontier", "8"], "ask one of them"),
+    (["--budget", "bitops=W3A3", "--rule", "layer0"], "write"),
+    (["--budget", "bitops=W3A3", "--rule", "layer9=w4"], "matches no layer"),
+    (["--budget", "bitops=W3A3", "--rule", "layer0=w9"], "no bits"),
+    (["--budget", "bitops=W3A3", "--config", "configs/digits.py"], "goes with --describe"),
+    (["--import-limpq", "x.pkl", "--config", "configs/digits.py"], "give one of them"),
+    (["--import-limpq", "x.pkl"], "add --config"),
+    (["--budget", "wbits=2", "--budget", "size=W2", "--rule", "layer2=w4"], "least reachable"),
     (["--describe", "--config", "configs/none.py"], "does not exist"),
 ]
 
@@ -106,6 +120,100 @@ def test_without_jax(place, budget, code, cvxpy):
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines()[-1] == str(cvxpy)
     assert "HiGHS" not in done.stdout and "Traceback" not in done.stderr
+
+
+def test_rules_on_the_command_line(place, capsys):
+    arguments = ["--importance", str(place / "importance.json"), "--budget", "bitops=W3A3"]
+    assert search.main([*arguments, "--rule", "layer[23]=equal", "--rule", "layer0=w3+"]) == 0
+    shown = capsys.readouterr().out
+    policy = load_policy(place / "policy.json", TABLE.layers, TABLE.bit_widths, TABLE.activation_bit_widths)
+    assert policy["layer2"].w == policy["layer2"].a and policy["layer3"].w == policy["layer3"].a
+    assert policy["layer0"].w >= 3 and "rules: layer[23]=equal; layer0=w3+" in shown
+
+
+def test_frontier(place, capsys):
+    """With a budget the policy is written too, and stands on the picture; without one BitOps are walked."""
+    source = ["--importance", str(place / "importance.json")]
+    assert search.main([*source, "--frontier", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "8 limits, 8 proven optimal" in shown and "uniform W3A3" in shown
+    assert sorted(p.name for p in place.iterdir()) == ["frontier.json", "frontier.png", "importance.json"]
+    arguments = [*source, "--frontier", "8", "--budget", "size=W3", "--budget", "bitops=W3A3"]
+    assert search.main([*arguments, "--out", str(place / "out" / "p.json")]) == 0
+    saved = json.loads((place / "out" / "frontier.json").read_text())
+    assert saved["budget"] == "size" and saved["others"] == ["bitops=W3A3"] and (place / "out" / "p.json").exists()
+
+
+def test_check(place, capsys):
+    """A policy as found loses nothing; edited it says what it loses, and over the budget it exits with 1."""
+    source = ["--importance", str(place / "importance.json")]
+    assert search.main([*source, "--budget", "bitops=W3A3", "--budget", "size=W3"]) == 0
+    capsys.readouterr()
+    path = place / "policy.json"
+    before = path.read_bytes()
+    assert search.main([*source, "--policy", str(path), "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert "loses nothing" in shown and "bitops" in shown and "size" in shown and path.read_bytes() == before
+    edited = json.loads(before)
+    edited["bits"]["layer2"] = [2, 2] if edited["bits"]["layer2"] != [2, 2] else [3, 2]
+    path.write_text(json.dumps(edited))
+    assert search.main([*source, "--policy", str(path), "--check"]) in (0, 1)
+    assert "loses" in capsys.readouterr().out
+    edited["bits"] |= {f"layer{i}": [4, 4] for i in range(4)}
+    path.write_text(json.dumps(edited))
+    assert search.main([*source, "--policy", str(path), "--check"]) == 1
+    assert "OVER THE BUDGET" in capsys.readouterr().out
+    assert search.main([*source, "--policy", str(path), "--check", "--budget", "bitops=W8A8"]) == 0
+    del edited["budgets"]
+    path.write_text(json.dumps(edited))
+    assert search.main([*source, "--policy", str(path), "--check"]) == 0
+    assert "what it costs itself" in capsys.readouterr().out
+    for wrong in ([], {"bitops": 3}, {"bitops": {"limit": "1"}}, {"size": {"limit": -1}}):
+        path.write_text(json.dumps({**edited, "budgets": wrong}))
+        assert search.main([*source, "--policy", str(path), "--check"]) == (2 if wrong != {} else 0)
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_import_limpq(tmp_path, capsys):
+    """From an indicator file to a policy, and to the table alone."""
+    import pickle
+
+    from test_limpq import made as indicators
+
+    (tmp_path / "i.pkl").write_bytes(pickle.dumps(indicators()))
+    arguments = ["--import-limpq", str(tmp_path / "i.pkl"), "--config", "configs/cifar10_resnet20.py"]
+    arguments += ["--model.name", "resnet8"]
+    assert search.main([*arguments, "--out", str(tmp_path / "table.json")]) == 0
+    assert "importance of 8 layers" in capsys.readouterr().out and not (tmp_path / "policy.json").exists()
+    assert search.main([*arguments, "--budget", "bitops=W3A3"]) == 0
+    assert (tmp_path / "policy.json").exists() and "optimal" in capsys.readouterr().out
+    assert search.main([*arguments[:2], "--config", "configs/digits.py", "--model.name", "mobilenetv1"]) == 2
+    assert "which mobilenetv1 has not" in capsys.readouterr().err
+
+
+def test_a_killed_search_leaves_the_old_policy_or_a_whole_new_one(place):
+    """SIGKILL at moments spread over the whole run."""
+    import os
+    import signal
+    import time
+
+    command = [sys.executable, "search.py", "--importance", str(place / "importance.json"), "--budget", "bitops=W3A3"]
+    began = time.monotonic()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    whole = time.monotonic() - began
+    old = (place / "policy.json").read_text().replace('"mpq-policy"', '"mpq-policy" ')
+    seen = set()
+    for i in range(8):
+        (place / "policy.json").write_text(old)
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(whole * (0.3 + 0.1 * i))
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        text = (place / "policy.json").read_text()
+        seen.add(text == old)
+        if text != old:
+            assert json.loads(text)["status"] == "optimal" and text.endswith("}\n")
+    assert True in seen
 
 
 def test_a_loose_budget_is_answered_too(place, capsys):

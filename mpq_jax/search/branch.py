@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpq_jax.search.dual import Dual, shares
+from mpq_jax.search.dual import Dual
 from mpq_jax.search.problem import Problem
 
 BLOCK = 1 << 14  # partial policies that go on together
@@ -23,6 +23,14 @@ class Found(NamedTuple):
     picks: np.ndarray | None
     done: bool
     nodes: int
+
+
+class _Leaf(NamedTuple):
+    """picks: [L] of a whole policy, or None."""
+
+    picks: np.ndarray | None
+    objective: float
+    bits: float
 
 
 class _Row(NamedTuple):
@@ -76,31 +84,28 @@ def branch(
     fewest_bits: bool = False,
     beam: int = 0,
 ) -> Found:
-    """The best policy within `gap` of the dual bound; of equals (to `gap`) the one with fewest bits if `fewest_bits`.
+    """The best policy within `gap` of the dual bound; of equals (to rounding) one with few bits.
 
+    fewest_bits: of all within `gap`, the one with the fewest bits instead.
     nodes: partial policies to look at before giving up (then `done` is false); deadline: of time.monotonic().
     beam: keep only so many partial policies at each depth: not exact, fast.
     """
     rows = _walk_order(problem, dual, gap)
     if rows is None:
         return Found(None, True, 0)
-    _, rooms = shares(problem)
-    prices = dual.prices / rooms
-    best: np.ndarray | None = None
-    best_key: tuple[float, float] = (math.inf, math.inf)
+    prices = dual.prices / dual.rooms
+    best = _Leaf(None, math.inf, math.inf)
     zero = np.zeros(1, int)
     stack = [_Block(0, np.zeros(1), [np.zeros(1, c.dtype) for c in problem.cost], zero, zero, None, zero, zero)]
     looked = 0
     while stack:
         if looked > nodes or time.monotonic() > deadline:
-            return Found(best, False, looked)
+            return Found(best.picks, False, looked)
         block = stack.pop()
         if block.depth == len(rows):
-            found = _best_leaf(problem, block, rows, dual, prices, gap, fewest_bits)
-            if found is not None and found[0] < best_key:
-                best_key, best = found
-                if not fewest_bits:
-                    gap = min(gap, max(best_key[0] - dual.bound, 0.0) + dual.rounding)
+            best = _best_leaf(problem, block, rows, dual, prices, gap, fewest_bits, best)
+            if best.picks is not None and not fewest_bits:
+                gap = min(gap, max(best.objective - dual.bound, 0.0) + dual.rounding)
             continue
         grown, size = _grow(problem, block, rows[block.depth], prices, gap, dual.rounding, fewest_bits)
         looked += size
@@ -111,7 +116,7 @@ def branch(
             stack += [grown.take(order[i : i + BLOCK]) for i in range(0, len(order), BLOCK)][::-1]
         elif len(grown.reduced):
             stack.append(grown)
-    return Found(best, beam == 0, looked)
+    return Found(best.picks, beam == 0, looked)
 
 
 def _walk_order(problem: Problem, dual: Dual, gap: float) -> list[_Row] | None:
@@ -119,39 +124,47 @@ def _walk_order(problem: Problem, dual: Dual, gap: float) -> list[_Row] | None:
     kept = problem.allowed & (dual.reduced <= gap + dual.rounding)
     if not kept.any(1).all():
         return None
-    share, _ = shares(problem)
-    priced = np.tensordot(dual.prices, share, 1)
-    swing = np.where(kept, priced, -np.inf).max(1) - np.where(kept, priced, np.inf).min(1)
-    grouped = {row for group in problem.tied for row in group}
-    units = [*problem.tied, *((row,) for row in range(len(swing)) if row not in grouped)]
-    # Narrow units first among equals: they multiply the partial policies least.
-    units.sort(key=lambda unit: (-max(swing[list(unit)]), unit))
-    order = [(row, unit) for unit in units for row in unit]
-    low = [[np.where(kept[r], c[r], c.max()).min().item() for r, _ in order] for c in problem.cost]
-    high = [[np.where(kept[r], c[r], c.min()).max().item() for r, _ in order] for c in problem.cost]
-    bits = problem.bits
-    rows = []
-    for depth, (row, unit) in enumerate(order):
-        columns = np.flatnonzero(kept[row])
-        activation = columns % problem.widths[1] if len(unit) > 1 else None
-        reduced = dual.reduced[row, columns]
-        if activation is not None and row != unit[0]:
-            reduced = reduced - dual.lifts[unit[0]][activation]
-        rows.append(
-            _Row(
-                row=row,
-                columns=columns,
-                reduced=reduced,
-                costs=[c[row, columns] for c in problem.cost],
-                bits=bits[row, columns],
-                activation=activation,
-                first=row == unit[0],
-                last=row == unit[-1],
-                least_after=[sum(each[depth + 1 :]) for each in low],
-                most_after=[sum(each[depth + 1 :]) for each in high],
+    swing = np.where(kept, dual.priced, -np.inf).max(1) - np.where(kept, dual.priced, np.inf).min(1)
+    units: list[tuple[int, ...]] = list(problem.tied)
+    if problem.tied:
+        grouped = {row for group in problem.tied for row in group}
+        units += [(row,) for row in range(len(swing)) if row not in grouped]
+        units.sort(key=lambda unit: (-max(swing[list(unit)]), unit))
+    else:
+        units = [(row,) for row in np.argsort(-swing, kind="stable").tolist()]
+    order = np.array([row for unit in units for row in unit])
+    # What the rows after each depth cost at least and at most; int64 sums are exact.
+    least = _after([np.where(kept, c, c.max()).min(1) for c in problem.cost], order)
+    most = _after([np.where(kept, c, c.min()).max(1) for c in problem.cost], order)
+    bits, rows, depth = problem.bits, [], 0
+    for unit in units:
+        for row in unit:
+            columns = kept[row].nonzero()[0]
+            activation = columns % problem.widths[1] if len(unit) > 1 else None
+            reduced = dual.reduced[row, columns]
+            if activation is not None and row != unit[0]:
+                reduced = reduced - dual.lifts[unit[0]][activation]
+            rows.append(
+                _Row(
+                    row=row,
+                    columns=columns,
+                    reduced=reduced,
+                    costs=[c[row, columns] for c in problem.cost],
+                    bits=bits[row, columns],
+                    activation=activation,
+                    first=row == unit[0],
+                    last=row == unit[-1],
+                    least_after=[each[depth] for each in least],
+                    most_after=[each[depth] for each in most],
+                )
             )
-        )
+            depth += 1
     return rows
+
+
+def _after(each: list[np.ndarray], order: np.ndarray) -> list[list[int | float]]:
+    """Per budget and depth: the sum over the rows that come after."""
+    return [(np.cumsum(values[order][::-1])[::-1] - values[order]).tolist() for values in each]
 
 
 def _grow(
@@ -216,23 +229,35 @@ def _promise(problem: Problem, block: _Block, row: _Row, prices: np.ndarray) -> 
 
 
 def _best_leaf(
-    problem: Problem, block: _Block, rows: list[_Row], dual: Dual, prices: np.ndarray, gap: float, fewest_bits: bool
-) -> tuple[tuple[float, float], np.ndarray] | None:
-    """((objective, bits) or (bits, objective), picks) of the best whole policy of a block; None where none holds."""
+    problem: Problem,
+    block: _Block,
+    rows: list[_Row],
+    dual: Dual,
+    prices: np.ndarray,
+    gap: float,
+    fewest_bits: bool,
+    best: _Leaf,
+) -> _Leaf:
+    """The better of `best` and the best whole policy of a block that fits."""
     total = block.reduced + sum(
         price * (limit - cost) for price, limit, cost in zip(prices, problem.limit, block.costs, strict=True)
     )
     inside = np.flatnonzero(total <= gap + dual.rounding)
-    order = inside[
-        np.lexsort((total[inside], block.bits[inside]) if fewest_bits else (block.bits[inside], total[inside]))
-    ]
-    for leaf in order:
+    # Totals that differ by rounding alone are equal.
+    coarse = np.round(total[inside] / dual.rounding) if dual.rounding else total[inside]
+    keys = (coarse, block.bits[inside]) if fewest_bits else (block.bits[inside], coarse)
+    for leaf in inside[np.lexsort(keys)]:
         picks = _trace(block, int(leaf), rows)
         objective = math.fsum(problem.value[np.arange(len(picks)), picks])
         if problem.fits(picks) and objective <= dual.bound + gap + dual.rounding:
             bits = float(block.bits[leaf])
-            return ((bits, objective) if fewest_bits else (objective, bits)), picks
-    return None
+            if fewest_bits:
+                better = (bits, objective) < (best.bits, best.objective)
+            else:
+                better = objective < best.objective - dual.rounding
+                better |= bits < best.bits and objective <= best.objective + dual.rounding
+            return _Leaf(picks, objective, bits) if better else best
+    return best
 
 
 def _trace(block: _Block, leaf: int, rows: list[_Row]) -> np.ndarray:

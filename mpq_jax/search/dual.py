@@ -20,7 +20,8 @@ TOLERANCE = 1e-9  # of the bound, as a share of the spread of all values
 class Dual(NamedTuple):
     """bound: no policy within the budgets has a lower objective.
 
-    prices: float64 [M], u for the scaled costs. reduced: float64 [L, C], what a choice alone lifts the bound by, >= 0;
+    prices: float64 [M], u for costs as shares of `rooms` [M], what each budget leaves above the least of all rows.
+    priced: float64 [L, C], each choice's costs at these prices, above its row's least. reduced: float64 [L, C], what a choice alone lifts the bound by, >= 0;
     infinite where not allowed. lifts: first row of each tied group -> [Ka], the part of `reduced` that the shared
     activation bits bring. picks: [N, L], policies that were cheapest at some prices, the last at the best.
     rounding: how far float arithmetic may have moved any of these.
@@ -28,6 +29,8 @@ class Dual(NamedTuple):
 
     bound: float
     prices: np.ndarray
+    rooms: np.ndarray
+    priced: np.ndarray
     reduced: np.ndarray
     lifts: dict[int, np.ndarray]
     picks: np.ndarray
@@ -97,8 +100,8 @@ def _by_activation(problem: Problem, priced: np.ndarray) -> tuple[np.ndarray, np
 
 
 def maximise(problem: Problem, start: np.ndarray | None = None) -> Dual:
-    """The best bound. start: prices to look at first, e.g. those of a similar problem."""
-    (share, _), count = shares(problem), len(problem.cost)
+    """The best bound. start: prices a unit of cost [M] to look at first, e.g. those of a similar problem."""
+    (share, rooms), count = shares(problem), len(problem.cost)
     rows = np.arange(len(problem.paths))
     seen: dict[bytes, np.ndarray] = {}
     best, best_prices = -math.inf, np.zeros(count)
@@ -118,15 +121,23 @@ def maximise(problem: Problem, start: np.ndarray | None = None) -> Dual:
     _, slope = evaluate(np.zeros(count))
     if count and (slope > 0).any():
         if start is not None:
-            evaluate(np.maximum(start, 0.0))
+            evaluate(np.maximum(start, 0.0) * rooms)
         radius = _radius(problem, share, spread)
         _ellipsoid(evaluate, lambda: best, radius, count, TOLERANCE * spread)
-    priced = problem.value + np.tensordot(best_prices, share, 1)
-    at_best = cheapest(problem, priced)
+    priced = np.tensordot(best_prices, share, 1)
+    total = problem.value + priced
+    at_best = cheapest(problem, total)
     seen.pop(at_best.tobytes(), None)
-    rounding = 1e-12 * (math.fsum(np.abs(priced.min(1))) + float(best_prices.sum()) + _largest(problem))
-    lifts = group_lifts(problem, priced)
-    return Dual(best, best_prices, reduced_costs(problem, priced), lifts, np.array([*seen.values(), at_best]), rounding)
+    return Dual(
+        bound=best,
+        prices=best_prices,
+        rooms=rooms,
+        priced=priced,
+        reduced=reduced_costs(problem, total),
+        lifts=group_lifts(problem, total),
+        picks=np.array([*seen.values(), at_best]),
+        rounding=1e-12 * (math.fsum(np.abs(total.min(1))) + float(best_prices.sum()) + _largest(problem)),
+    )
 
 
 def _largest(problem: Problem) -> float:

@@ -25,8 +25,9 @@ from mpq_jax.types import Budget, Importance, Refusal, Solution
 
 # Objectives are sums of float64 numbers; rounding alone moves them by this much of the largest number, a layer.
 ROUNDING = 1e-12
-# Partial policies that branch and bound looks at before the solvers get their turn: a tenth of a second.
-NODES = 400_000
+# Partial policies that branch and bound looks at before the solvers get their turn: a few tenths of a second.
+NODES = 4_000_000
+BEAM_NODES = 400_000
 # (name, function, its share of the time that is left), in turn.
 SOLVERS = (
     ("highs", highs, 0.6),
@@ -109,11 +110,16 @@ def solution(importance: Importance, budgets: Sequence[Budget], progress: Progre
 
 
 def search(
-    full: Problem, began: float, time_limit: float, nodes: int = NODES, prices: np.ndarray | None = None
+    full: Problem,
+    began: float,
+    time_limit: float,
+    nodes: int = NODES,
+    prices: np.ndarray | None = None,
+    start: np.ndarray | None = None,
 ) -> Progress | Answer:
     """Solves a problem; an Answer stands for a proof that no policy keeps all budgets.
 
-    prices: of a similar problem's dual, to start from.
+    prices: a unit of cost [M], of a similar problem's dual, to start from. start: picks [L] that may fit.
     """
     deadline = began + time_limit
     problem = within_room(full)
@@ -122,7 +128,10 @@ def search(
     problem = without_dominated(problem)
     dual = maximise(problem, prices)
     progress = Progress(problem, dual)
-    progress.offer(incumbent(problem, dual), "lagrange")
+    if start is not None and problem.allowed[np.arange(len(start)), start].all():
+        progress.offer(start, "lagrange")
+    if progress.picks is None:
+        progress.offer(incumbent(problem, dual), "lagrange")
     if nodes:
         _widen(progress, nodes, deadline)
     if not progress.proved:
@@ -133,7 +142,8 @@ def search(
         _last_resort(progress, deadline)
     # A bound that meets the objective is a proof, whoever found the policy.
     progress.proved |= progress.objective - progress.bound <= progress.slack
-    if progress.proved:
+    # With several budgets branch and bound has looked at all equals already; with one it drops them early.
+    if progress.proved and (len(problem.cost) < 2 or progress.solver != "branch and bound"):
         _fewest_bits(progress, deadline)
     return progress
 
@@ -147,10 +157,13 @@ def value_of(problem: Problem, picks: np.ndarray) -> float:
 
 
 def _widen(progress: Progress, nodes: int, deadline: float) -> None:
-    """Looks at all policies within a small gap of the bound, then a larger one, until one fits: it is the best."""
+    """Looks at all policies within a small gap of the bound, then a larger one, until one fits: it is the best.
+
+    How many partial policies there are grows like a power of the gap: each gap is chosen for four times as many.
+    """
     problem, dual = progress.problem, progress.dual
     scale = progress.gap if math.isfinite(progress.gap) else float(np.abs(problem.value[problem.allowed]).max())
-    gap = max(scale / 256, dual.rounding)
+    gap, factor, power, before = max(scale / 128, dual.rounding), 4.0, 6.0, 0
     while nodes > 0:
         gap = min(gap, progress.gap + progress.slack)
         found = branch(problem, dual, gap, nodes=nodes, deadline=deadline)
@@ -163,10 +176,15 @@ def _widen(progress: Progress, nodes: int, deadline: float) -> None:
                 return
         elif not math.isfinite(progress.gap) and gap > 1e6 * scale:
             return
-        gap *= 2
+        if found.nodes > 100:
+            if before:
+                power = max(2.0, math.log(found.nodes / before) / math.log(factor)) if found.nodes > before else 2.0
+            factor = max(4.0, 20_000 / found.nodes) ** (1 / power)
+            before = found.nodes
+        gap *= factor
     # Too many to look at: the most promising ones make a better policy, and fewer choices for the solver.
     if math.isfinite(progress.gap):
-        found = branch(problem, dual, progress.gap, nodes=NODES, deadline=deadline, beam=1000)
+        found = branch(problem, dual, progress.gap, nodes=BEAM_NODES, deadline=deadline, beam=1000)
         progress.offer(found.picks, "branch and bound")
 
 
@@ -184,7 +202,7 @@ def _fewest_bits(progress: Progress, deadline: float) -> None:
     assert progress.picks is not None
     rows = np.arange(len(progress.picks))
     gap = progress.gap + progress.slack
-    found = branch(problem, progress.dual, gap, nodes=NODES, deadline=deadline, fewest_bits=True)
+    found = branch(problem, progress.dual, gap, nodes=BEAM_NODES, deadline=deadline, fewest_bits=True)
     if found.picks is None or not problem.fits(found.picks):
         return
     bits = problem.bits

@@ -23,7 +23,7 @@ from mpq_jax.types import Refusal
 
 
 class Table(NamedTuple):
-    """What is searched: the repaired importance, the file that it came from, and the alpha that was asked for."""
+    """What is searched: the importance, the file that it came from, and the alpha that was asked for."""
 
     importance: Any
     path: Path
@@ -147,16 +147,13 @@ def importance_path(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
 
 
 def load_table(arguments: argparse.Namespace, path: Path) -> Table:
-    """Reads, binds the rules, repairs outliers (and names them), settles alpha."""
-    from mpq_jax import importance as importances
+    """Reads the table, binds the rules to it, settles alpha."""
+    from mpq_jax.importance import load_importance
     from mpq_jax.search.constraints import check_search_rules
 
-    importance = importances.load_importance(path)
+    importance = load_importance(path)
     rules = (*importance.rules, *arguments.rule)
     check_search_rules(rules, importance)
-    importance, outliers = importances.repair(importance._replace(rules=rules))
-    for layer, kind, bits in outliers:
-        print(f"repaired: {kind} importance of {layer} at {bits} bits lay below that of more bits")
     alpha = None if arguments.alpha == "auto" else float(arguments.alpha)
     if importance.pair is not None:
         if alpha is not None:
@@ -166,7 +163,17 @@ def load_table(arguments: argparse.Namespace, path: Path) -> Table:
         print(f"alpha: {alpha or importance.alpha or 1.0:g} ({'as given' if alpha is not None else fitted})")
     if rules:
         print(f"rules: {'; '.join(rules)}")
-    return Table(importance, path, alpha)
+    return Table(importance._replace(rules=rules), path, alpha)
+
+
+def repaired(table: Table) -> Table:
+    """The table without outliers (harm that falls when bits are taken away), which are named."""
+    from mpq_jax.importance import repair
+
+    importance, outliers = repair(table.importance)
+    for layer, kind, bits in outliers:
+        print(f"repaired: {kind} importance of {layer} at {bits} bits lay below that of more bits")
+    return table._replace(importance=importance)
 
 
 def parse_budgets(arguments: argparse.Namespace, importance, texts: Sequence[str]):
@@ -226,14 +233,23 @@ def search(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     check_out(out, (path, arguments.latency))
     table = load_table(arguments, path)
     budgets = parse_budgets(arguments, table.importance, arguments.budget) if arguments.budget else []
-    if arguments.frontier and budgets:
-        from mpq_jax.search.frontier import check_walkable
-
-        check_walkable(budgets[0])
+    if budgets:
+        check_budgets(table, budgets, walked=arguments.frontier is not None)
     # Only now: what can be refused has been.
+    table = repaired(table)
     chosen = write_policy(arguments, table, budgets, out) if budgets else None
     if arguments.frontier:
         write_frontier(arguments, table, budgets, out.parent, chosen)
+
+
+def check_budgets(table: Table, budgets, walked: bool) -> None:
+    """Refuses a budget that no policy keeps, before anything slow is imported or written."""
+    from mpq_jax.search.frontier import check_walkable
+    from mpq_jax.search.problem import build, check_reachable
+
+    if walked:
+        check_walkable(budgets[0])
+    check_reachable(build(table.importance, budgets, table.alpha), budgets)
 
 
 def write_policy(arguments: argparse.Namespace, table: Table, budgets, out: Path):
@@ -284,7 +300,7 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     for text in arguments.budget:
         costs.check_text(text)
-    table = load_table(arguments, importance_path(arguments, overrides))
+    table = repaired(load_table(arguments, importance_path(arguments, overrides)))
     importance = table.importance
     policy = load_policy(arguments.policy, importance.layers, importance.bit_widths, importance.activation_bit_widths)
     budgets = parse_budgets(arguments, importance, arguments.budget) if arguments.budget else []

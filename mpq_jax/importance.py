@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import isotonic_regression
 
 from mpq_jax.files import read_json, write_json
 from mpq_jax.types import Bits, Importance, Layer, Policy, Refusal
@@ -261,10 +260,12 @@ def repair(importance: Importance) -> tuple[Importance, list[Outlier]]:
             own = getattr(layer, f"{kind}_bit_widths") or widths
             columns = [widths.index(b) for b in sorted(own)]
             values = table[row, columns]
-            for i in range(len(columns) - 1):
-                if values[i] < values[i + 1]:
-                    outliers.append((layer.path, kind, widths[columns[i]]))
-            table[row, columns] = isotonic_regression(values, increasing=False).x
+            rising = np.flatnonzero(values[:-1] < values[1:])
+            if len(rising):
+                from scipy.optimize import isotonic_regression  # slow to import, seldom needed
+
+                outliers += [(layer.path, kind, widths[columns[i]]) for i in rising]
+                table[row, columns] = isotonic_regression(values, increasing=False).x
             others = [k for k in range(len(widths)) if k not in columns]
             table[row, others] = table[row, columns].max()
     return importance._replace(weight=tables["weight"][0], activation=tables["activation"][0]), outliers

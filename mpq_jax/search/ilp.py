@@ -45,6 +45,7 @@ class Progress:
         self.picks: np.ndarray | None = None
         self.objective = math.inf
         self.proved = False
+        self.infeasible = False  # proven: no policy keeps all budgets
         self.solver = "lagrange"
         self.slack = ROUNDING * len(problem.paths) * float(np.abs(problem.value[problem.allowed]).max())
 
@@ -134,6 +135,8 @@ def search(
         progress.offer(incumbent(problem, dual), "lagrange")
     if nodes:
         _widen(progress, nodes, deadline)
+    if progress.infeasible:
+        return Answer(None, -math.inf, False, infeasible=True)
     if not progress.proved:
         answer = _by_solvers(progress, deadline)
         if answer.infeasible and progress.picks is None:
@@ -162,10 +165,12 @@ def _widen(progress: Progress, nodes: int, deadline: float) -> None:
     How many partial policies there are grows like a power of the gap: each gap is chosen for four times as many.
     """
     problem, dual = progress.problem, progress.dual
-    scale = progress.gap if math.isfinite(progress.gap) else float(np.abs(problem.value[problem.allowed]).max())
+    # No policy at all lies further above the bound.
+    highest = float(np.where(problem.allowed, problem.value, -np.inf).max(1).sum()) - dual.bound + progress.slack
+    scale = min(progress.gap, highest)
     gap, factor, power, before = max(scale / 128, dual.rounding), 4.0, 6.0, 0
     while nodes > 0:
-        gap = min(gap, progress.gap + progress.slack)
+        gap = min(gap, progress.gap + progress.slack, highest)
         found = branch(problem, dual, gap, nodes=nodes, deadline=deadline)
         nodes -= found.nodes + 1000
         progress.offer(found.picks, "branch and bound")
@@ -174,8 +179,9 @@ def _widen(progress: Progress, nodes: int, deadline: float) -> None:
             if found.picks is not None or gap >= progress.gap:
                 progress.proved, progress.solver = True, "branch and bound"
                 return
-        elif not math.isfinite(progress.gap) and gap > 1e6 * scale:
-            return
+            if gap >= highest:
+                progress.infeasible = True
+                return
         if found.nodes > 100:
             if before:
                 power = max(2.0, math.log(found.nodes / before) / math.log(factor)) if found.nodes > before else 2.0

@@ -201,7 +201,7 @@ def joint_loss(
     *,
     rngs: Mapping[str, jax.Array] | None = None,
     distill: Distill | None = None,
-    error_weight: float = 0.0,
+    error_weight: float | jax.Array = 0.0,
 ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
     """The sum of the rows' losses (LIMPQ algorithm 1), all rows under one `jax.vmap`.
 
@@ -216,7 +216,7 @@ def joint_loss(
 
     def forward(row, policy):
         variables = {"params": _with_affine(params, row["affine"]), **row["stats"]}
-        with_error = bool(error_weight) and policy is not None
+        with_error = policy is not None and not (isinstance(error_weight, float) and error_weight == 0)
         out = model.apply(
             variables,
             policy,
@@ -260,7 +260,7 @@ def make_step(
     same_bits: bool = False,
     rows_at_a_time: int = 0,
     distill: Distill | None = None,
-    error_weight: float = 0.0,
+    error_weight: float | Callable[[jax.Array], jax.Array] = 0.0,
     average: float = 0.0,
     dropout: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -270,6 +270,7 @@ def make_step(
         the step, so that other policies are no other program; None: one float row.
     random: R rows drawn anew each step from `key` and the state's step number.
     rows_at_a_time: map so many rows at once and accumulate (0: all). Must divide P.
+    error_weight: as in joint_loss; or a function of the step number, as optax schedules are.
     average: decay of the moving average of the parameters (0: none).
     dropout: give the model a "dropout" stream each step (Linen; an NNX model carries its own).
     The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
@@ -279,11 +280,13 @@ def make_step(
         return random_rows(key, model.layers, model.bit_widths, model.activation_bit_widths, random, same_bits)
 
     def gradients(state, policies, batch, rngs):
+        weight = error_weight(state.step) if callable(error_weight) else error_weight
+
         def loss(trained, rows, policies):
             params, affine = trained
             rows = {**rows, "affine": affine}
             return joint_loss(
-                model, task, params, rows, policies, batch, rngs=rngs, distill=distill, error_weight=error_weight
+                model, task, params, rows, policies, batch, rngs=rngs, distill=distill, error_weight=weight
             )
 
         return _accumulated(loss, state, policies, rows_at_a_time)

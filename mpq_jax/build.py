@@ -108,8 +108,8 @@ def float_variables(
     return variables
 
 
-def layer_table(config: Config) -> tuple[Layer, ...]:
-    """The layer table of a config, from shapes alone: no data, no training.
+def sample_shape(config: Config) -> tuple[tuple[int, int, int], int]:
+    """Shape of one image and the number of classes, without opening the data.
 
     Raises Refusal for a data set whose shape is not known without opening it.
     """
@@ -117,7 +117,13 @@ def layer_table(config: Config) -> tuple[Layer, ...]:
         raise Refusal(f"the image shape of {config.data.name!r} is not known here; known are {', '.join(SHAPES)}")
     shape, num_classes = SHAPES[config.data.name]
     size = config.data.image_size
-    return quantized(config, num_classes, (size, size, shape[2]) if size else shape).layers
+    return (size, size, shape[2]) if size else shape, num_classes
+
+
+def layer_table(config: Config) -> tuple[Layer, ...]:
+    """The layer table of a config, from shapes alone: no data, no training. Raises Refusal as `sample_shape`."""
+    shape, num_classes = sample_shape(config)
+    return quantized(config, num_classes, shape).layers
 
 
 def uniform_name(bits: int) -> str:
@@ -125,4 +131,13 @@ def uniform_name(bits: int) -> str:
     return f"W{bits}A{bits}"
 
 
-__all__ = ["float_model", "float_variables", "layer_table", "quantized", "quantizer", "rules", "uniform_name"]
+__all__ = [
+    "float_model",
+    "float_variables",
+    "layer_table",
+    "quantized",
+    "quantizer",
+    "rules",
+    "sample_shape",
+    "uniform_name",
+]

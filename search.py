@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpq_jax.config import Parser
+from mpq_jax.files import check_out
 from mpq_jax.types import Refusal
 
 
@@ -112,17 +113,6 @@ def newest_run(root: Path = Path("runs")) -> Path:
     if not files:
         raise Refusal(f"no run under {root}/ has an importance.json; train one, or give --workdir or --importance")
     return files[-1].parent
-
-
-def check_out(out: Path, read: Sequence[Path | None]) -> None:
-    """Raises Refusal for a place where no policy can be written, or where it would replace a file that is read."""
-    if out.is_dir():
-        raise Refusal(f"--out {out} is a folder; name a file, e.g. --out {out / 'policy.json'}")
-    if any(path is not None and path.exists() and out.exists() and out.samefile(path) for path in read):
-        raise Refusal(f"--out {out} would replace a file that this search reads; give another --out")
-    above = next((parent for parent in out.parents if parent.exists()), None)
-    if above is not None and not above.is_dir():
-        raise Refusal(f"--out {out} cannot be written: {above} is no folder; give another --out")
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------

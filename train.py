@@ -6,7 +6,6 @@ python train.py --config configs/digits.py --workdir runs/digits --policy runs/d
 """
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +22,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Co
     parser.add_argument("--policy", help="fine-tune with this policy.json (from search.py) and report")
     config_lib.add_help(parser)
     known, rest = parser.parse_known_args(argv)
-    for word in rest:
-        name = word.partition("=")[0]
-        if name.startswith("--") and name[2:].replace("-", "_") not in config_lib.options(config_lib.Config()):
-            near = difflib.get_close_matches(name, ["--config", "--workdir", "--policy"], n=1, cutoff=0.75)
-            if near:
-                raise Refusal(f"unknown option {name}; the nearest is {near[0]} (train.py --help lists all)")
+    config_lib.refuse_misspelt(rest, ("--config", "--workdir", "--policy"), parser.prog)
     config = config_lib.load(known.config, rest)
     known.workdir = Path(known.workdir or Path("runs") / Path(known.config).stem)
     return known, config

@@ -204,6 +204,17 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
     return config
 
 
+def refuse_misspelt(arguments: Sequence[str], own: Sequence[str], program: str) -> None:
+    """Raises Refusal for a word that is no value of the config but close to one of the command's `own` options."""
+    known = options(Config())
+    for word in arguments:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name[2:].replace("-", "_") not in known:
+            near = difflib.get_close_matches(name, own, n=1, cutoff=0.75)
+            if near:
+                raise Refusal(f"unknown option {name}; the nearest is {near[0]} ({program} --help lists all)")
+
+
 def _parse(key: str, kind: Any, text: str) -> Any:
     try:
         if kind is bool:

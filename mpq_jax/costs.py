@@ -26,6 +26,7 @@ _NUMBER = r"([0-9]{1,18}(?:\.[0-9]{1,18})?)"
 _WIDTH = r"([1-9]|[12][0-9]|3[0-2])"
 _BYTES = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
 Latency = Mapping[str, Mapping[tuple[int, int], float]]
+MEASURE_LATENCY = "python -m mpq_jax.latency --config … --out latency.json"
 MOST_MS = 1e12  # thirty years: no measurement, and sums stay far from overflow
 
 
@@ -60,7 +61,7 @@ def _elements(layer: Layer, name: str) -> int:
 def _layer_latency(latency: Latency) -> Callable[[Layer, Bits], float]:
     def cost(layer: Layer, bits: Bits) -> float:
         if layer.path not in latency:
-            raise Refusal(f"the latency table has no layer {layer.path!r}; measure it, or give another --latency")
+            raise Refusal(f"the latency table has no layer {layer.path!r}; measure it with: {MEASURE_LATENCY}")
         found = latency[layer.path].get((bits.w, bits.a))
         if found is None:
             has = ", ".join(f"{w},{a}" for w, a in sorted(latency[layer.path]))
@@ -281,8 +282,11 @@ def shown(budget: Budget, value: int | float) -> int | float:
 
 
 def load_latency(path: str | Path) -> Latency:
-    """Reads a latency.json (design: {"layers": {path: {"8,8": ms}}}). Raises Refusal for anything else."""
-    value = read_json(path, "mpq-latency", 1, "your own measurements, see the README")
+    """Reads a latency.json: {"unit": "ms", "layers": {path: {"8,8": ms}}}; other keys say how it was measured.
+
+    Raises Refusal for anything else.
+    """
+    value = read_json(path, "mpq-latency", 1, MEASURE_LATENCY)
     if value.get("unit") != "ms" or not isinstance(value.get("layers"), dict):
         raise Refusal(f'{path} must have "unit": "ms" and "layers": {{path: {{"8,8": 0.21}}}}')
     result: dict[str, dict[tuple[int, int], float]] = {}

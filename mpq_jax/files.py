@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,17 @@ def whole(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def check_out(out: Path, read: Sequence[Path | None]) -> None:
+    """Raises Refusal for a place where no file can be written, or where it would replace a file that is read."""
+    if out.is_dir():
+        raise Refusal(f"--out {out} is a folder; name a file in it")
+    if any(path is not None and path.exists() and out.exists() and out.samefile(path) for path in read):
+        raise Refusal(f"--out {out} would replace a file that this command reads; give another --out")
+    above = next((parent for parent in out.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise Refusal(f"--out {out} cannot be written: {above} is no folder; give another --out")
 
 
 def write_text(path: str | Path, text: str) -> None:

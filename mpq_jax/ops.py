@@ -18,6 +18,21 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 Kernels = Literal["rows", "plain"]
+# What JAX's own functions take of these primitives' parameters.
+FIELDS = {
+    "dot_general": ("dimension_numbers", "precision", "preferred_element_type"),
+    "conv_general_dilated": (
+        "window_strides",
+        "padding",
+        "lhs_dilation",
+        "rhs_dilation",
+        "dimension_numbers",
+        "feature_group_count",
+        "batch_group_count",
+        "precision",
+        "preferred_element_type",
+    ),
+}
 
 
 def contract(primitive: str, params: dict[str, Any], kernels: Kernels = "rows") -> Callable[..., jax.Array]:
@@ -36,21 +51,8 @@ def contract(primitive: str, params: dict[str, Any], kernels: Kernels = "rows") 
 
 
 def _plain(primitive: str, params: dict[str, Any]) -> Callable[..., jax.Array]:
-    if primitive == "dot_general":
-        keep = ("dimension_numbers", "precision", "preferred_element_type")
-        return functools.partial(lax.dot_general, **{k: params[k] for k in keep})
-    fields = (
-        "window_strides",
-        "padding",
-        "lhs_dilation",
-        "rhs_dilation",
-        "dimension_numbers",
-        "feature_group_count",
-        "batch_group_count",
-        "precision",
-        "preferred_element_type",
-    )
-    return functools.partial(lax.conv_general_dilated, **{k: params[k] for k in fields})
+    function = lax.dot_general if primitive == "dot_general" else lax.conv_general_dilated
+    return functools.partial(function, **{name: params[name] for name in FIELDS[primitive]})
 
 
 def _rows_one_by_one(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -149,6 +149,7 @@ def save_policy(path: str | Path, solution: Solution, importance_sha256: str) ->
             "bits": {name: list(bits) for name, bits in solution.policy.items()},
             "objective": solution.objective,
             "bound": solution.bound,
+            "gap": solution.gap,
             "status": solution.status,
             "solver": solution.solver,
             "seconds": round(solution.seconds, 4),

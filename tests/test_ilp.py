@@ -367,6 +367,35 @@ def test_budgets_of_which_any_two_hold():
         solve(importance, budgets)
 
 
+def test_one_layer_and_none():
+    importance = made(0, layers=1)
+    budgets = budgets_of(importance, "bitops=W3A3")
+    assert solve(importance, budgets).objective == pytest.approx(best_by_force(importance, budgets)[0])
+    fixed = tuple(ly for ly in importance.layers if not ly.searched)
+    none = importance._replace(layers=fixed, weight=np.zeros((0, 3)), activation=np.zeros((0, 3)))
+    with pytest.raises(Refusal, match="no layer is searched"):
+        solve(none, budgets_of(none, "bitops=1G"))
+    with pytest.raises(Refusal, match="least reachable"):
+        solve(none, budgets_of(none, "bitops=1K"))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 3))
+def test_any_large_problem_equals_scipy(seed, count):
+    """Forty layers, sixteen choices: SciPy's milp on the program stated anew."""
+    importance = made(seed, layers=40, widths=(2, 3, 4, 6), pair=seed % 2 == 0)
+    texts = ("bitops=W4A4", "size=W4", "abits=3.7")[:count]
+    budgets = budgets_of(importance, *texts)
+    found = solve(importance, budgets)
+    table = combined(importance)
+    one = np.kron(np.eye(40), np.ones(16))
+    constraints = [LinearConstraint(one, 1, 1)]
+    constraints += [LinearConstraint(b.table.reshape(1, -1) / b.limit, -np.inf, 1 - b.fixed / b.limit) for b in budgets]
+    options = {"mip_rel_gap": 0.0, "time_limit": 30.0}
+    peer = milp(1e4 * table.ravel(), constraints=constraints, integrality=1, bounds=Bounds(0, 1), options=options)
+    assert found.status == "optimal" and found.objective == pytest.approx(peer.fun / 1e4, abs=1e-7)
+
+
 def test_result_is_plain_data():
     found = solve(made(0), budgets_of(made(0), "bitops=W3A3"))
     assert all(type(b.w) is int and type(b.a) is int for b in found.policy.values())

@@ -24,7 +24,7 @@ def test_round_trip(tmp_path):
     policy.save_policy(tmp_path / "p.json", found, "abc")
     assert policy.load_policy(tmp_path / "p.json", *ARGUMENTS) == found.policy
     saved = json.loads((tmp_path / "p.json").read_text())
-    wanted = {"format", "version", "bits", "objective", "bound", "status", "solver", "seconds", "budgets"}
+    wanted = {"format", "version", "bits", "objective", "bound", "gap", "status", "solver", "seconds", "budgets"}
     assert (
         set(saved) == wanted | {"importance_sha256"} and saved["budgets"]["bitops"]["used"] == found.used["bitops"][0]
     )

@@ -80,6 +80,8 @@ def solve(
     began = time.monotonic()
     full = build(importance, budgets, alpha)
     check_reachable(full, budgets)
+    if not full.paths:
+        raise Refusal("no layer is searched, so there is nothing to choose; free some with rules or quantize.ends")
     progress = search(full, began, time_limit, nodes)
     if isinstance(progress, Answer):
         raise Refusal(_conflict(full, [b for b in budgets if not b.largest], began + time_limit))

@@ -104,7 +104,7 @@ def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None
     with np.errstate(over="ignore"):
         table = combined(importance, alpha)
     # 1e280: products with a solver's scales and multipliers stay finite too.
-    if not np.abs(table).max() < 1e280:
+    if not np.abs(table).max(initial=0.0) < 1e280:
         raise Refusal("the importance holds numbers of 1e280 or more; divide the whole table by a constant")
     searched = [layer for layer in importance.layers if layer.searched]
     allowed = allowed_pairs(importance)

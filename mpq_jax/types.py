@@ -56,12 +56,25 @@ class Layer(NamedTuple):
     activation_bit_widths: tuple[int, ...] | None = None
 
 
+class Interaction(NamedTuple):
+    """Harm of two decisions together, beside the harm of each alone.
+
+    a, b: (path of a searched layer, "w" or "a"): that layer's weight or activation bits.
+    table: [K of a, K of b] float64, over the bit-widths of the importance that a and b choose from.
+    """
+
+    a: tuple[str, str]
+    b: tuple[str, str]
+    table: np.ndarray
+
+
 class Importance(NamedTuple):
     """Any criterion's table: the harm of each searched layer at each of its bit-widths.
 
     weight: [L, Kw] float64 and activation: [L, Ka] float64, one row a *searched* layer in the order of `layers`; or
     pair: [L, Kw, Ka] float64 in place of both, where a criterion is not additive.
     alpha: what `weight` is multiplied by in the sum; None where both tables share a unit (then 1).
+    interactions: terms of named pairs of decisions, added to the sum as they are (alpha is not theirs).
     """
 
     criterion: str
@@ -72,6 +85,7 @@ class Importance(NamedTuple):
     activation: np.ndarray | None
     pair: np.ndarray | None = None
     alpha: float | None = None
+    interactions: tuple[Interaction, ...] = ()
 
 
 class Budget(NamedTuple):

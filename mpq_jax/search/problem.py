@@ -70,8 +70,14 @@ class Problem(NamedTuple):
 def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None) -> Problem:
     """All allowed choices.
 
-    Raises Refusal where tied layers have no activation bits in common, and for numbers too large to add up.
+    Raises Refusal where tied layers have no activation bits in common, for numbers too large to add up, and for
+    interactions.
     """
+    if importance.interactions:
+        raise Refusal(
+            f"this importance has {len(importance.interactions)} interactions of pairs of layers, which this search "
+            "cannot weigh; use an additive one, e.g. --criterion regression"
+        )
     with np.errstate(over="ignore"):
         table = combined(importance, alpha)
     # 1e280: products with a solver's scales and multipliers stay finite too.

@@ -10,6 +10,7 @@ _HOME = {
     "Bits": "types",
     "Budget": "types",
     "Importance": "types",
+    "Interaction": "types",
     "Layer": "types",
     "Policy": "types",
     "Quantizer": "types",

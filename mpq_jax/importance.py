@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpq_jax.files import read_json, write_json
-from mpq_jax.types import Bits, Importance, Layer, Policy, Refusal
+from mpq_jax.types import Bits, Importance, Interaction, Layer, Policy, Refusal
 
 FORMAT, VERSION = "mpq-importance", 1
 MADE_BY = "python train.py --config … --workdir …"
@@ -21,8 +21,11 @@ MOST_MACS, MOST_PARAMS = 2**52, 2**57
 # ---- in and out ---------------------------------------------------------------------------------------------------
 
 
-def save_importance(path: str | Path, importance: Importance) -> None:
-    """Writes an importance.json, whole or not at all."""
+def save_importance(path: str | Path, importance: Importance, about: Mapping[str, Any] | None = None) -> None:
+    """Writes an importance.json, whole or not at all.
+
+    about: what else is to be known of the table, plain JSON values; kept under "about", which no reader needs.
+    """
     value: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -39,6 +42,13 @@ def save_importance(path: str | Path, importance: Importance) -> None:
         table = getattr(importance, name)
         if table is not None:
             value[name] = np.asarray(table).tolist()
+    if importance.interactions:
+        value["interactions"] = [
+            {"a": list(each.a), "b": list(each.b), "table": np.asarray(each.table).tolist()}
+            for each in importance.interactions
+        ]
+    if about is not None:
+        value["about"] = dict(about)
     write_json(path, value)
 
 
@@ -101,6 +111,7 @@ def load_importance(path: str | Path) -> Importance:
         pair=tables.get("pair"),
         alpha=None if alpha is None else float(alpha),
         rules=tuple(rules),
+        interactions=_interactions(value.get("interactions", []), layers, widths, activation_widths, refuse),
     )
 
 
@@ -176,7 +187,38 @@ def _layer_from_json(entry: Any, widths, activation_widths, refuse) -> Layer:
     )
 
 
-def _table(value: Any, name: str, shape: tuple[int, ...], refuse) -> np.ndarray:
+def _interactions(entries: Any, layers: Sequence[Layer], widths, activation_widths, refuse) -> tuple[Interaction, ...]:
+    """Terms of named pairs: both layers searched, two different decisions, each pair once, tables that fit."""
+    if not isinstance(entries, list):
+        raise refuse('"interactions" must be a list of {"a": [path, "w" or "a"], "b": …, "table": …}')
+    searched = {layer.path for layer in layers if layer.searched}
+    sizes = {"w": len(widths), "a": len(activation_widths)}
+    found: dict[frozenset[tuple[str, str]], Interaction] = {}
+    for number, entry in enumerate(entries):
+        where = f"interactions[{number}]"
+        if not isinstance(entry, dict) or set(entry) != {"a", "b", "table"}:
+            raise refuse(f'{where} must have "a", "b" and "table", and nothing else')
+        ends = []
+        for name in ("a", "b"):
+            end = entry[name]
+            if not (isinstance(end, list) and len(end) == 2 and isinstance(end[0], str) and end[1] in ("w", "a")):
+                raise refuse(f'{where}: "{name}" is {str(end)[:80]}; it must be [layer path, "w" or "a"]')
+            if end[0] not in searched:
+                raise refuse(f'{where}: "{name}" names {end[0]!r}, which is no searched layer')
+            ends.append((end[0], end[1]))
+        pair = frozenset(ends)
+        if len(pair) < 2 or pair in found:
+            what = "names one decision twice" if len(pair) < 2 else "repeats an earlier pair"
+            raise refuse(f"{where} {what}: {ends[0]} and {ends[1]}")
+        shape = (sizes[ends[0][1]], sizes[ends[1][1]])
+        table = _table(entry["table"], f"{where}: table", shape, refuse, "bit-widths of a x of b")
+        found[pair] = Interaction(ends[0], ends[1], table)
+    return tuple(found.values())
+
+
+def _table(
+    value: Any, name: str, shape: tuple[int, ...], refuse, axes: str = "searched layers x bit-widths"
+) -> np.ndarray:
     def has(item: Any, lengths: tuple[int, ...]) -> bool:
         if not lengths:
             return _is_number(item)
@@ -184,10 +226,7 @@ def _table(value: Any, name: str, shape: tuple[int, ...], refuse) -> np.ndarray:
 
     if not has(value, shape):
         found = "missing" if value is None else "not that"
-        raise refuse(
-            f'"{name}" must hold finite numbers in {" x ".join(map(str, shape))} (searched layers x bit-widths); '
-            f"it is {found}"
-        )
+        raise refuse(f'"{name}" must hold finite numbers in {" x ".join(map(str, shape))} ({axes}); it is {found}')
     return np.array(value, np.float64)
 
 
@@ -195,7 +234,7 @@ def _table(value: Any, name: str, shape: tuple[int, ...], refuse) -> np.ndarray:
 
 
 def combined(importance: Importance, alpha: float | None = None) -> np.ndarray:
-    """[L, Kw, Ka] float64: alpha * weight[l, i] + activation[l, j], or the pair table.
+    """[L, Kw, Ka] float64: alpha * weight[l, i] + activation[l, j], or the pair table; interactions stand beside it.
 
     alpha: None means the table's own, or 1 where it has none.
     """
@@ -207,27 +246,32 @@ def combined(importance: Importance, alpha: float | None = None) -> np.ndarray:
 
 
 def total(importance: Importance, policy: Policy, alpha: float | None = None) -> float:
-    """The objective of a policy: its sum over the searched layers."""
+    """The objective of a policy: its sum over the searched layers, and over the interactions."""
     table = combined(importance, alpha)
-    searched = [layer for layer in importance.layers if layer.searched]
-    return math.fsum(
-        table[
-            row,
-            importance.bit_widths.index(policy[ly.path].w),
-            importance.activation_bit_widths.index(policy[ly.path].a),
-        ]
-        for row, ly in enumerate(searched)
-    )
+
+    def column(path: str, kind: str) -> int:
+        if kind == "w":
+            return importance.bit_widths.index(policy[path].w)
+        return importance.activation_bit_widths.index(policy[path].a)
+
+    searched = [layer.path for layer in importance.layers if layer.searched]
+    alone = (table[row, column(path, "w"), column(path, "a")] for row, path in enumerate(searched))
+    together = (each.table[column(*each.a), column(*each.b)] for each in importance.interactions)
+    return math.fsum([*alone, *together])
 
 
 def reversed_importance(importance: Importance) -> Importance:
     """The control that gives important layers fewer bits: the layer of rank r gets the row of rank L + 1 - r.
 
-    Ranked by the mean of the combined row; weight, activation and pair rows move together.
+    Ranked by the mean of the combined row; weight, activation and pair rows move together, and interactions go with
+    the rows of their layers.
     """
     order = np.argsort(combined(importance).mean(axis=(1, 2)), kind="stable")
     source = np.empty_like(order)
     source[order] = order[::-1]
+
+    paths = [layer.path for layer in importance.layers if layer.searched]
+    new_home = {paths[row]: path for path, row in zip(paths, source, strict=True)}
 
     def moved(table: np.ndarray | None) -> np.ndarray | None:
         return None if table is None else table[source]
@@ -237,6 +281,10 @@ def reversed_importance(importance: Importance) -> Importance:
         weight=moved(importance.weight),
         activation=moved(importance.activation),
         pair=moved(importance.pair),
+        interactions=tuple(
+            each._replace(a=(new_home[each.a[0]], each.a[1]), b=(new_home[each.b[0]], each.b[1]))
+            for each in importance.interactions
+        ),
     )
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from mpq_jax import ops
 from mpq_jax.origins import INLINED, Origin, constant, propagate, subjaxprs
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
@@ -76,14 +77,15 @@ def interpret(
     closed: core.ClosedJaxpr,
     arguments: Sequence[Any],
     leaves: Sequence[str | None],
-    values: dict[str, Any],
+    values: dict[Any, Any],
     handler: Handler,
 ) -> tuple[list[Any], dict[tuple[str, int], Any], Trace]:
     """Evaluates a jaxpr, with `handler` in place of every product of data with a parameter.
 
     arguments: flat arguments. leaves: for each, the parameter's path, or None for data.
     values: parameter path -> pytree given to the handler with that layer; under a scan that slices the parameter, its
-    arrays have the scan's length as their leading axis and are sliced alike.
+    arrays have the scan's length as their leading axis and are sliced alike. (path, call number) -> pytree for that
+    one call, in place of the parameter's: its arrays lead with the lengths of all scans around the call, as taps do.
     Returns the flat outputs; what the handler tapped, (path, call number) -> tap, stacked under scans; and the Trace.
     """
     walk = _Walk(handler, {leaf: int(np.size(a)) for leaf, a in zip(leaves, arguments, strict=True) if leaf})
@@ -96,7 +98,7 @@ def interpret(
     return outs, taps, walk.trace
 
 
-def _evaluate(walk: _Walk, jaxpr: Any, arguments: Sequence[Any], origins: Sequence[Origin], values: dict[str, Any]):
+def _evaluate(walk: _Walk, jaxpr: Any, arguments: Sequence[Any], origins: Sequence[Origin], values: dict[Any, Any]):
     """-> (outputs, their origins, taps). The jaxpr's constants come first among the arguments."""
     env: dict[Any, tuple[Any, Origin]] = {}
     taps: dict[tuple[str, int], Any] = {}
@@ -119,7 +121,7 @@ def _evaluate(walk: _Walk, jaxpr: Any, arguments: Sequence[Any], origins: Sequen
     return [v for v, _ in results], [o for _, o in results], taps
 
 
-def _equation(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[str, Any]):
+def _equation(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[Any, Any]):
     name = eqn.primitive.name
     if name in CONTRACTIONS:
         return _contraction(walk, eqn, ins, origins, values)
@@ -172,7 +174,7 @@ def _note_unreached(walk: _Walk, eqn: Any, origins: list[Origin]) -> None:
 # ---- products -----------------------------------------------------------------------------------------------------
 
 
-def _contraction(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[str, Any]):
+def _contraction(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[Any, Any]):
     lhs, rhs = origins
     macs = contraction_macs(eqn.primitive.name, eqn.params, *(v.aval for v in (*eqn.invars, *eqn.outvars)))
     out_origin = propagate(walk.fresh, eqn, origins)
@@ -199,7 +201,7 @@ def _contraction(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], v
         where=_where(eqn),
         macs=macs,
     )
-    out, tap = walk.handler(call, ins[0], ins[1], values.get(leaf))
+    out, tap = walk.handler(call, ins[0], ins[1], values.get((leaf, number), values.get(leaf)))
     return [out], out_origin, ({} if tap is None else {(leaf, number): tap})
 
 
@@ -227,7 +229,7 @@ def _channel_axes(name: str, params: dict[str, Any], side: int, ndim: int) -> tu
 # ---- control flow -------------------------------------------------------------------------------------------------
 
 
-def _checkpoint(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[str, Any]):
+def _checkpoint(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[Any, Any]):
     found: list[Any] = []
 
     def body(arguments, values):
@@ -242,7 +244,7 @@ def _checkpoint(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], va
     return outs, found[-1], taps
 
 
-def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[str, Any]):
+def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[Any, Any]):
     params = eqn.params
     closed, length = params["jaxpr"], params["length"]
     n_consts, n_carry = _scan_counts(params)
@@ -252,13 +254,15 @@ def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: 
         # What a step hands to the next stays what it was only if the step returns it untouched.
         if closed.jaxpr.outvars[i - n_consts] is not closed.jaxpr.invars[i]:
             inner[i] = Origin((), True, walk.fresh(), False)
-    sliced = {leaf for o in inner[n_consts + n_carry :] for leaf in o.leaves}
+    sliced: set[Any] = {leaf for o in inner[n_consts + n_carry :] for leaf in o.leaves}
     inner[n_consts + n_carry :] = [
         o._replace(stack=(*o.stack, len(walk.scans))) if o.leaves else o for o in inner[n_consts + n_carry :]
     ]
-    sliced_values = {leaf: value for leaf, value in values.items() if leaf in sliced}
-    shared_values = {leaf: value for leaf, value in values.items() if leaf not in sliced}
     constants = [constant(walk.fresh, c) for c in closed.consts]
+    if any(isinstance(key, tuple) for key in values):
+        sliced |= _calls_inside(walk, closed, [*constants, *inner])
+    sliced_values = {key: value for key, value in values.items() if key in sliced}
+    shared_values = {key: value for key, value in values.items() if key not in sliced}
     found: list[Any] = []
 
     def body(carry, slices):
@@ -293,6 +297,24 @@ def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # JAX 0.11 tells it by the trees it was called with
     return len(list(consts)), len(list(carry))
+
+
+def _calls_inside(walk: _Walk, closed: core.ClosedJaxpr, origins: list[Origin]) -> set[tuple[str, int]]:
+    """(leaf, call number) of every product with a parameter in a body that is about to be walked: one abstract walk."""
+    found = set()
+
+    def noting(call, lhs, rhs, _):
+        found.add((call.leaf, call.number))
+        return ops.contract(call.primitive, call.params, "plain")(lhs, rhs), None
+
+    ahead = _Walk(noting, walk.sizes)
+    ahead.calls = dict(walk.calls)
+
+    def body(arguments):
+        return _evaluate(ahead, closed.jaxpr, [*closed.consts, *arguments], origins, {})[0]
+
+    jax.eval_shape(_counted_once(ahead, body), [v.aval for v in closed.jaxpr.invars])
+    return found
 
 
 def _counted_once(walk: _Walk, body: Callable[..., Any]) -> Callable[..., Any]:

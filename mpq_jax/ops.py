@@ -5,7 +5,8 @@ slower than P convolutions, and its depthwise convolution is 40 times slower tha
 rows one by one where both operands have a row axis; folded into the batch where the kernel has none; depthwise
 convolutions on CPU as shifted products.
 
-`kernels="plain"` gives JAX's own operations instead: for forward-mode and second derivatives of the network.
+`kernels="smooth"` is for forward-mode and second derivatives of the network: JAX's own operations, and for depthwise
+convolutions on CPU the shifted products. `kernels="plain"` gives JAX's own operations everywhere.
 """
 
 import functools
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-Kernels = Literal["rows", "plain"]
+Kernels = Literal["rows", "smooth", "plain"]
 # What JAX's own functions take of these primitives' parameters.
 FIELDS = {
     "dot_general": ("dimension_numbers", "precision", "preferred_element_type"),
@@ -40,12 +41,12 @@ def contract(primitive: str, params: dict[str, Any], kernels: Kernels = "rows") 
     plain = _plain(primitive, params)
     if kernels == "plain":
         return plain
-    rows = _by_rows(plain)
+    product = _by_rows(plain) if kernels == "rows" else plain
     if primitive == "dot_general" or jax.default_backend() != "cpu":
-        return rows
+        return product
 
     def convolution(lhs, rhs):
-        return _depthwise(params, lhs, rhs) if _is_depthwise(params, lhs, rhs) else rows(lhs, rhs)
+        return _depthwise(params, lhs, rhs) if _is_depthwise(params, lhs, rhs) else product(lhs, rhs)
 
     return convolution
 

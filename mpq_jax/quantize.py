@@ -98,10 +98,11 @@ def quantize(
         rngs=None,
         kernels: ops.Kernels = "rows",
         with_error=False,
+        float_bits=False,
         **kwargs,
     ):
         values = {} if policy is None else _values(specs, variables, policy)
-        handler = _quantizing(specs, quantizer, kernels, with_error)
+        handler = _quantizing(specs, quantizer, kernels, with_error, float_bits)
         outputs, updates, taps = walk(variables, values, handler, inputs, kwargs, mutable, rngs)
         result = (outputs, updates) if mutable else (outputs,)
         if with_error:
@@ -137,8 +138,8 @@ def _only(variables: Mapping[str, Any], float_paths: frozenset[str]) -> dict[str
     return {**variables, "params": flax_seam.unflatten(params)}
 
 
-def _values(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
-    """leaf -> {"weight": {name: [*stack, K, ...]}, "activation": ..., "bits": Bits([*stack], [*stack])}."""
+def quantizer_values(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any]) -> dict[str, Any]:
+    """leaf -> {"weight": {name: [*stack, K, ...]}, "activation": ...}: the quantizer's leaves, where there are any."""
     flat = flax_seam.flatten(variables["params"])
     values = {}
     for leaf, spec in specs.items():
@@ -150,9 +151,14 @@ def _values(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any], policy
         }
         if not all(chosen.values()):
             raise Refusal(f"layer {spec.paths[0]!r} has no step sizes yet; call calibrate(variables, batch) first")
-        chosen["bits"] = _stack_bits(spec, policy)
         values[leaf] = chosen
     return values
+
+
+def _values(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
+    """The quantizer's leaves and, beside them, "bits": Bits([*stack], [*stack])."""
+    values = quantizer_values(specs, variables)
+    return {leaf: value | {"bits": _stack_bits(specs[leaf], policy)} for leaf, value in values.items()}
 
 
 def _stack_bits(spec: LayerSpec, policy: Policy) -> Bits:
@@ -176,6 +182,30 @@ def _broadcast(value: jax.Array, weight: jax.Array, channel_axes: Sequence[int])
     return value.reshape([n if i in channel_axes else 1 for i, n in enumerate(weight.shape)])
 
 
+# (tensor, bits) -> the tensor on its grid
+Grid = Callable[[jax.Array, Any], jax.Array]
+
+
+def grids(
+    spec: LayerSpec, quantizer: Quantizer, call: Call, weight: jax.Array, value: Mapping[str, Any]
+) -> tuple[Grid, Grid]:
+    """The grids of one layer's weight operand and of its activations, as functions (x, bits) -> x_hat.
+
+    value: the layer's entry of `quantizer_values`, the part of its own place in the stack.
+    """
+
+    def weight_grid(x, bits):
+        at = {k: at_bits(v, spec.weight_bit_widths, bits) for k, v in value["weight"].items()}
+        at = {k: _broadcast(v, weight, call.channel_axes) for k, v in at.items()}
+        return quantizer.weight.fake_quant(x, values=at, bits=bits, signed=True)
+
+    def activation_grid(x, bits):
+        at = {k: at_bits(v, spec.activation_bit_widths, bits) for k, v in value["activation"].items()}
+        return quantizer.activation.fake_quant(x, values=at, bits=bits, signed=spec.signed)
+
+    return weight_grid, activation_grid
+
+
 def _relative_error(on_grid: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """mean (x_hat - x)^2 / mean x^2, []. Its gradient reaches the step size only."""
     x = wide(jax.lax.stop_gradient(x))
@@ -189,9 +219,17 @@ def _error_of(spec: LayerSpec, tap: jax.Array) -> jax.Array:
 
 
 def _quantizing(
-    specs: Mapping[str, LayerSpec], quantizer: Quantizer, kernels: ops.Kernels, with_error: bool
+    specs: Mapping[str, LayerSpec],
+    quantizer: Quantizer,
+    kernels: ops.Kernels,
+    with_error: bool,
+    float_bits: bool = False,
 ) -> Callable[..., Any]:
-    """The handler of `apply`: both operands on their grids, then the product; taps their relative errors if asked."""
+    """The handler of `apply`: both operands on their grids, then the product; taps their relative errors if asked.
+
+    float_bits: bits above MAX_BITS leave an operand in float, in layers that no rule left in float too. For
+    evaluation: the gradient of an operand that was left so is not defined.
+    """
 
     def handler(call: Call, lhs, rhs, value):
         spec = specs[call.leaf]
@@ -201,26 +239,17 @@ def _quantizing(
         operands = [lhs, rhs]
         bits: Bits = value["bits"]
         weight, activation = operands[call.weight_side], operands[1 - call.weight_side]
-        w_values = {
-            name: _broadcast(at_bits(v, spec.weight_bit_widths, bits.w), weight, call.channel_axes)
-            for name, v in value["weight"].items()
-        }
-        a_values = {name: at_bits(v, spec.activation_bit_widths, bits.a) for name, v in value["activation"].items()}
-
-        weight_grid = functools.partial(quantizer.weight.fake_quant, values=w_values, bits=bits.w, signed=True)
-        activation_grid = functools.partial(
-            quantizer.activation.fake_quant, values=a_values, bits=bits.a, signed=spec.signed
-        )
-        w_hat, a_hat = weight_grid(weight), activation_grid(activation)
-        if any(spec.in_float):
+        weight_grid, activation_grid = grids(spec, quantizer, call, weight, value)
+        w_hat, a_hat = weight_grid(weight, bits.w), activation_grid(activation, bits.a)
+        if float_bits or any(spec.in_float):
             w_hat, a_hat = jnp.where(bits.w > MAX_BITS, weight, w_hat), jnp.where(bits.a > MAX_BITS, activation, a_hat)
         operands[call.weight_side], operands[1 - call.weight_side] = w_hat, a_hat
         if not with_error:
             return product(*operands), None
         # An eighth of the batch is enough to tell an activation's error.
         sample = activation[: max(1, activation.shape[0] // 8)]
-        error = _relative_error(weight_grid, weight) + _relative_error(activation_grid, sample)
-        return product(*operands), error
+        error = _relative_error(functools.partial(weight_grid, bits=bits.w), weight)
+        return product(*operands), error + _relative_error(functools.partial(activation_grid, bits=bits.a), sample)
 
     return handler
 

@@ -56,6 +56,18 @@ class Layer(NamedTuple):
     activation_bit_widths: tuple[int, ...] | None = None
 
 
+class Interaction(NamedTuple):
+    """Harm of two decisions together, beside the harm of each alone.
+
+    a, b: (path of a searched layer, "w" or "a"): that layer's weight or activation bits.
+    table: [K of a, K of b] float64, over the bit-widths of the importance that a and b choose from.
+    """
+
+    a: tuple[str, str]
+    b: tuple[str, str]
+    table: np.ndarray
+
+
 class Importance(NamedTuple):
     """Any criterion's table: the harm of each searched layer at each of its bit-widths.
 
@@ -63,6 +75,7 @@ class Importance(NamedTuple):
     pair: [L, Kw, Ka] float64 in place of both, where a criterion is not additive.
     alpha: what `weight` is multiplied by in the sum; None where both tables share a unit (then 1).
     rules: what searches must respect beside the layers' candidates; see search.constraints.
+    interactions: terms of named pairs of decisions, added to the sum as they are (alpha is not theirs).
     """
 
     criterion: str
@@ -74,6 +87,7 @@ class Importance(NamedTuple):
     pair: np.ndarray | None = None
     alpha: float | None = None
     rules: tuple[str, ...] = ()
+    interactions: tuple[Interaction, ...] = ()
 
 
 class Budget(NamedTuple):

@@ -101,6 +101,11 @@ def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None
     Raises Refusal where a row has no choice left, where tied layers have no activation bits in common, and for numbers
     too large to add up.
     """
+    if importance.interactions:
+        raise Refusal(
+            f"this importance has {len(importance.interactions)} interactions of pairs of layers, which this search "
+            "cannot weigh; use an additive one, e.g. --criterion regression"
+        )
     with np.errstate(over="ignore"):
         table = combined(importance, alpha)
     # 1e280: products with a solver's scales and multipliers stay finite too.

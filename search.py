@@ -58,6 +58,9 @@ def make_parser() -> Parser:
     add("--frontier", type=int, metavar="N", help="also the best policies at N limits of the first budget (bitops)")
     add("--policy", type=Path, help="with --check: a policy.json, edited by hand perhaps")
     add("--check", action="store_true", help="what --policy costs, and what it loses against the best")
+    add(
+        "--psd", action="store_true", help="project the interactions as CLADO does first (it changes what is minimised)"
+    )
     add("--time-limit", type=float, default=60.0, help="seconds of wall-clock for the solver (default 60)")
     add("--random", type=int, default=20, help="random policies shown beside (default 20)")
     add("--config", type=Path, help="with --describe and --import-limpq: the config of the model")
@@ -153,7 +156,13 @@ def load_table(arguments: argparse.Namespace, path: Path) -> Table:
         print(f"alpha: {alpha or importance.alpha or 1.0:g} ({'as given' if alpha is not None else fitted})")
     if rules:
         print(f"rules: {'; '.join(rules)}")
-    return Table(importance._replace(rules=rules), path, alpha)
+    importance = importance._replace(rules=rules)
+    if arguments.psd:
+        from mpq_jax.search.psd import projected
+
+        importance, alpha = projected(importance, alpha), None
+        print("projected to a positive semi-definite form: objectives are not those of the table")
+    return Table(importance, path, alpha)
 
 
 def repaired(table: Table) -> Table:

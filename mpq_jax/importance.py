@@ -293,10 +293,11 @@ def repair(importance: Importance) -> tuple[Importance, list[Outlier]]:
 
     The nearest monotone row in least squares, over each layer's own candidates.
     Returns the repaired table and what was out of order: (path, "weight" or "activation", the bits whose value lay
-    below that of the next wider candidate). Pair tables are returned as they are.
+    below that of the next wider candidate). Pair tables, and tables with interactions, whose parts have no order of
+    their own, are returned as they are.
     """
     outliers: list[Outlier] = []
-    if importance.weight is None or importance.activation is None:
+    if importance.weight is None or importance.activation is None or importance.interactions:
         return importance, outliers
     searched = [layer for layer in importance.layers if layer.searched]
     tables: Mapping[str, tuple[np.ndarray, Sequence[int]]] = {

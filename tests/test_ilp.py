@@ -16,7 +16,9 @@ from mpq_jax import Refusal
 from mpq_jax.importance import combined, total
 from mpq_jax.search import ilp, solve
 from mpq_jax.search.branch import Found
+from mpq_jax.search.check import broken_rules
 from mpq_jax.search.solvers import Answer
+from mpq_jax.types import Interaction
 
 CASES = {
     "one budget": ({}, ("bitops=W3A3",)),
@@ -216,6 +218,71 @@ def test_a_budget_met_to_the_last_float():
     assert found.status == "optimal" and found.used["latency"] == (1.2, 1.2)
     with pytest.raises(Refusal, match=r"least reachable is 1\.200 ms"):
         solve(importance, [budget._replace(limit=1.19)])
+
+
+# ---- interactions -------------------------------------------------------------------------------------------------
+
+
+def with_interactions(seed, count=4, **options):
+    """A made importance with `count` random terms between decisions, one within a layer among them."""
+    importance = made(seed, **options)
+    rng = np.random.default_rng(seed + 1000)
+    paths = [ly.path for ly in importance.layers if ly.searched]
+    widths = {"w": importance.bit_widths, "a": importance.activation_bit_widths}
+    terms = []
+    for number in range(count):
+        first, second = rng.choice(len(paths), 2, replace=False)
+        ends = [(paths[first], "wa"[rng.integers(2)]), (paths[second], "wa"[rng.integers(2)])]
+        if number == 0:
+            ends = [(paths[0], "w"), (paths[0], "a")]
+        table = rng.normal(size=(len(widths[ends[0][1]]), len(widths[ends[1][1]])))
+        terms.append(Interaction(*ends, table))
+    return importance._replace(interactions=tuple(terms))
+
+
+@pytest.mark.parametrize("way", ["all", "highs", "scipy"])
+@pytest.mark.parametrize(
+    "options, rules, texts",
+    [
+        ({}, (), ("bitops=W3A3",)),
+        ({"tied": True, "pair": True}, (), ("bitops=W3A3", "size=W3")),
+        ({"narrowed": True, "activation_widths": (2, 4, 8)}, (), ("size=W3", "abits=4")),
+        ({}, ("layer[02]=share", "layer1=equal"), ("bitops=W3A3",)),
+    ],
+)
+def test_interactions_equal_brute_force(monkeypatch, way, options, rules, texts):
+    for seed in range(3):
+        importance = with_interactions(seed, **options)._replace(rules=rules)
+        budgets = budgets_of(importance, *texts)
+        best, _ = best_by_force(importance, budgets, allowed=lambda p, i=importance: not broken_rules(i, p))
+        found = solve_by(monkeypatch, way, importance, budgets)
+        assert found.status == "optimal" and found.objective == pytest.approx(best, abs=1e-8)
+        assert found.objective == pytest.approx(total(importance, found.policy), abs=1e-12)
+        assert all(cost_by_hand(importance, found.policy, b.name) <= b.limit for b in budgets)
+
+
+def test_interactions_without_a_solver_are_never_called_optimal(monkeypatch):
+    """The polished greedy policy, and a bound that holds."""
+    for seed in range(4):
+        importance = with_interactions(seed)
+        budgets = budgets_of(importance, "bitops=W3A3")
+        monkeypatch.setattr(ilp, "SOLVERS", ())
+        found = solve(importance, budgets)
+        best, _ = best_by_force(importance, budgets)
+        assert found.bound <= best + 1e-9 and found.objective >= best - 1e-9
+        assert found.status == "feasible" or found.objective == pytest.approx(best)
+
+
+def test_interactions_matter():
+    """Two layers that only harm together: the additive part alone would narrow both."""
+    importance = made(0, layers=2, widths=(2, 4), activation_widths=(8,), alpha=1.0)
+    layers = tuple(ly._replace(params=100, macs=100) if ly.searched else ly for ly in importance.layers)
+    table = np.array([[5.0, 0.0], [0.0, 0.0]])
+    importance = importance._replace(layers=layers, weight=np.zeros((2, 2)), activation=np.zeros((2, 1)))
+    importance = importance._replace(interactions=(Interaction(("layer0", "w"), ("layer1", "w"), table),))
+    (budget,) = budgets_of(importance, "size=W4")
+    found = solve(importance, [budget._replace(limit=budget.fixed + 75)])
+    assert found.objective == 0 and sorted(found.policy[f"layer{i}"].w for i in range(2)) == [2, 4]
 
 
 # ---- solvers that misbehave ---------------------------------------------------------------------------------------

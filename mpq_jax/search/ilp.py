@@ -18,7 +18,7 @@ import numpy as np
 from mpq_jax import costs
 from mpq_jax.search.branch import branch
 from mpq_jax.search.dual import Dual, maximise
-from mpq_jax.search.greedy import incumbent
+from mpq_jax.search.greedy import incumbent, polish
 from mpq_jax.search.problem import Problem, build, check_reachable, within_room, without_dominated
 from mpq_jax.search.solvers import Answer, highs, highs_without_presolve, in_child, scipy_highs
 from mpq_jax.types import Budget, Importance, Refusal, Solution
@@ -47,7 +47,8 @@ class Progress:
         self.proved = False
         self.infeasible = False  # proven: no policy keeps all budgets
         self.solver = "lagrange"
-        self.slack = ROUNDING * len(problem.paths) * float(np.abs(problem.value[problem.allowed]).max())
+        largest = [np.abs(problem.value[problem.allowed]).max(), *(np.abs(term.table).max() for term in problem.terms)]
+        self.slack = ROUNDING * (len(problem.paths) + len(problem.terms)) * float(max(largest))
 
     def offer(self, picks: np.ndarray | None, solver: str) -> None:
         """Takes a policy that fits if it is better, by more than rounding, than the best so far."""
@@ -74,7 +75,7 @@ def solve(
 
     alpha: weights' factor; None: the table's own, or 1. time_limit: wall-clock seconds for everything.
     nodes: partial policies that branch and bound looks at before HiGHS is asked; 0 asks it at once.
-    Among equal objectives the policy with fewer bits in all wins.
+    Among equal objectives the policy with fewer bits in all wins (where there are no interactions).
     Raises Refusal for budgets that no policy keeps, alone or together, and where the time ends before any is found.
     """
     began = time.monotonic()
@@ -129,13 +130,18 @@ def search(
     if not problem.allowed.any(1).all():
         return Answer(None, -math.inf, False, infeasible=True)
     problem = without_dominated(problem)
-    dual = maximise(problem, prices)
+    alone = problem.lowered()
+    dual = maximise(alone, prices)
     progress = Progress(problem, dual)
     if start is not None and problem.allowed[np.arange(len(start)), start].all():
         progress.offer(start, "lagrange")
     if progress.picks is None:
-        progress.offer(incumbent(problem, dual), "lagrange")
-    if nodes:
+        progress.offer(incumbent(alone, dual), "lagrange")
+    if problem.terms and progress.picks is not None:
+        progress.offer(polish(problem, progress.picks), "lagrange")
+    # Branch and bound adds rows up one by one: it has nothing for what two rows do together.
+    additive = not problem.terms
+    if nodes and additive:
         _widen(progress, nodes, deadline)
     if progress.infeasible:
         return Answer(None, -math.inf, False, infeasible=True)
@@ -143,19 +149,20 @@ def search(
         answer = _by_solvers(progress, deadline)
         if answer.infeasible and progress.picks is None:
             return answer
-    if not progress.proved and progress.picks is not None and time.monotonic() < deadline:
+    if not progress.proved and progress.picks is not None and additive and time.monotonic() < deadline:
         _last_resort(progress, deadline)
     # A bound that meets the objective is a proof, whoever found the policy.
     progress.proved |= progress.objective - progress.bound <= progress.slack
     # With several budgets branch and bound has looked at all equals already; with one it drops them early.
-    if progress.proved and (len(problem.cost) < 2 or progress.solver != "branch and bound"):
+    if progress.proved and additive and (len(problem.cost) < 2 or progress.solver != "branch and bound"):
         _fewest_bits(progress, deadline)
     return progress
 
 
 def value_of(problem: Problem, picks: np.ndarray) -> float:
     """The objective of picks, rounded once."""
-    return math.fsum(problem.value[np.arange(len(picks)), picks].tolist())
+    alone = problem.value[np.arange(len(picks)), picks].tolist()
+    return math.fsum([*alone, *(t.table[t.level_a[picks[t.a]], t.level_b[picks[t.b]]] for t in problem.terms)])
 
 
 # ---- branch and bound ---------------------------------------------------------------------------------------------

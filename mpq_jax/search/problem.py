@@ -10,11 +10,24 @@ from mpq_jax.costs import add, human
 from mpq_jax.importance import combined
 from mpq_jax.policy import tied_candidates
 from mpq_jax.search.constraints import allowed_pairs, shared_groups
-from mpq_jax.types import Bits, Budget, Importance, Refusal
+from mpq_jax.types import Bits, Budget, Importance, Interaction, Refusal
+
+
+class Term(NamedTuple):
+    """Harm of two rows together: table[level_a[picks[a]], level_b[picks[b]]] is added to the sum.
+
+    a, b: two different rows. level_a, level_b: int [C], which of the table's widths a column stands for.
+    """
+
+    a: int
+    b: int
+    level_a: np.ndarray
+    level_b: np.ndarray
+    table: np.ndarray
 
 
 class Problem(NamedTuple):
-    """minimise the sum of value[l, picks[l]] over one allowed column a row, with sum cost[m][l, picks[l]] <= limit[m].
+    """minimise the sum of value[l, picks[l]] and of all terms over one allowed column a row, with sum cost[m][l, picks[l]] <= limit[m].
 
     paths: L rows, each the searched layers that get the same bits: mostly one, more where a rule says "share".
     w, a: int [C] bits of each column; column i * Ka + j has the i-th weight width and the j-th activation width.
@@ -36,6 +49,7 @@ class Problem(NamedTuple):
     names: tuple[str, ...]
     widths: tuple[int, int]
     tied: tuple[tuple[int, ...], ...]
+    terms: tuple[Term, ...] = ()
 
     def keep(self, chosen: np.ndarray) -> "Problem":
         """The problem with only some choices; chosen: bool [L, C]."""
@@ -92,7 +106,20 @@ class Problem(NamedTuple):
             fixed=(self.fixed[within],),
             whole=(self.whole[within],),
             names=(self.names[within],),
+            terms=(),
         )
+
+    def lowered(self) -> "Problem":
+        """A problem without terms that is nowhere dearer: each term's least, given one of its rows, goes to that row."""
+        value = self.value.copy()
+        for term in self.terms:
+            open_a = np.unique(term.level_a[self.allowed[term.a]])
+            open_b = np.unique(term.level_b[self.allowed[term.b]])
+            least_a = term.table[:, open_b].min(1)
+            least_b = (term.table - least_a[:, None])[open_a].min(0)
+            value[term.a] += least_a[term.level_a]
+            value[term.b] += least_b[term.level_b]
+        return self._replace(value=value, terms=())
 
 
 def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None = None) -> Problem:
@@ -101,11 +128,6 @@ def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None
     Raises Refusal where a row has no choice left, where tied layers have no activation bits in common, and for numbers
     too large to add up.
     """
-    if importance.interactions:
-        raise Refusal(
-            f"this importance has {len(importance.interactions)} interactions of pairs of layers, which this search "
-            "cannot weigh; use an additive one, e.g. --criterion regression"
-        )
     with np.errstate(over="ignore"):
         table = combined(importance, alpha)
     # 1e280: products with a solver's scales and multipliers stay finite too.
@@ -144,7 +166,30 @@ def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None
         tied=_tied_rows([[searched[i].tied for i in group] for group in groups]),
     )
     tied_candidates(importance.layers, importance.activation_bit_widths)  # refuses ties without common candidates
-    return _within_ties(problem)
+    return _with_terms(_within_ties(problem), importance.interactions)
+
+
+def _with_terms(problem: Problem, interactions: Sequence[Interaction]) -> Problem:
+    """Interactions as terms; what two decisions of one row do together is that row's own value."""
+    row_of = {path: row for row, paths in enumerate(problem.paths) for path in paths}
+    ka = problem.widths[1]
+    columns = np.arange(len(problem.w))
+    level = {"w": columns // ka, "a": columns % ka}
+    value = problem.value.copy()
+    terms: dict[tuple[int, str, int, str], np.ndarray] = {}
+    for each in interactions:
+        (a, kind_a), (b, kind_b) = (row_of[each.a[0]], each.a[1]), (row_of[each.b[0]], each.b[1])
+        if not np.abs(each.table).max() < 1e280:
+            raise Refusal("the interactions hold numbers of 1e280 or more; divide the whole table by a constant")
+        if a == b:
+            value[a] += each.table[level[kind_a], level[kind_b]]
+        else:
+            key = a, kind_a, b, kind_b
+            terms[key] = terms.get(key, 0.0) + each.table
+    return problem._replace(
+        value=value,
+        terms=tuple(Term(a, b, level[ka_], level[kb_], table) for (a, ka_, b, kb_), table in terms.items()),
+    )
 
 
 def check_largest(importance: Importance, budgets: Sequence[Budget], allowed: np.ndarray) -> None:
@@ -194,7 +239,7 @@ def without_dominated(problem: Problem) -> Problem:
 
     One of equal value goes only if the other has no more bits, since fewer bits win ties: of equal choices the one
     with fewer bits stays (then fewer weight bits), the same way every time. Among tied rows only choices of the same
-    activation bits compare.
+    activation bits compare; rows with terms are left as they are.
     """
     # Rank first what should win a tie.
     order = np.lexsort((problem.w, problem.w + problem.a))
@@ -208,7 +253,9 @@ def without_dominated(problem: Problem) -> Problem:
         better &= c[:, None, :] <= c[:, :, None]
     in_group = np.isin(np.arange(len(value)), [row for group in problem.tied for row in group])
     better &= (problem.a[None, :] == problem.a[:, None]) | ~in_group[:, None, None]
-    return problem.keep(~(better & problem.allowed[:, None, :]).any(2))
+    dominated = (better & problem.allowed[:, None, :]).any(2)
+    dominated[[row for term in problem.terms for row in (term.a, term.b)]] = False
+    return problem.keep(~dominated)
 
 
 def within_room(problem: Problem) -> Problem:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpq_jax.search.problem import Problem
+from mpq_jax.search.problem import Problem, Term
 
 # SciPy leaves HiGHS's absolute tolerances at 1e-6; objectives of this size make them small.
 MAGNIFIED = 1e4
@@ -31,7 +31,11 @@ class Answer(NamedTuple):
 
 
 def highs(problem: Problem, cuts: Sequence[np.ndarray], seconds: float) -> Answer:
-    """HiGHS by CVXPY, gap 0 (LIMPQ equation 3): minimise value @ x over boolean x, one choice a row."""
+    """HiGHS by CVXPY, gap 0 (LIMPQ equation 3): minimise value @ x over boolean x, one choice a row.
+
+    Terms are linearised exactly: z[i, j] >= 0 says that rows a and b are at levels i and j; its sums over j and over i
+    are what x says of a and of b, so with x boolean z is boolean too (Glover and Woolsey 1974).
+    """
     return _highs(problem, cuts, seconds, presolve=True)
 
 
@@ -45,10 +49,16 @@ def _highs(problem: Problem, cuts: Sequence[np.ndarray], seconds: float, presolv
 
     flat = _flat(problem, cuts)
     x = cp.Variable(len(flat.row), boolean=True)
-    constraints = [flat.equal @ x == flat.right]
+    both: Any = x
+    objective = flat.values[: len(flat.row)] @ x
+    if together := len(flat.values) - len(flat.row):
+        z = cp.Variable(together, nonneg=True)
+        both = cp.hstack([x, z])
+        objective = objective + flat.values[len(flat.row) :] @ z
+    constraints = [flat.equal @ both == flat.right]
     if len(flat.limits):
         constraints.append(flat.upper @ x <= flat.limits)
-    program = cp.Problem(cp.Minimize(flat.values @ x), constraints)
+    program = cp.Problem(cp.Minimize(objective), constraints)
     program.solve(
         solver=cp.HIGHS,
         mip_rel_gap=0.0,
@@ -74,12 +84,16 @@ def scipy_highs(problem: Problem, cuts: Sequence[np.ndarray], seconds: float) ->
 
     flat = _flat(problem, cuts)
     constraints = [LinearConstraint(flat.equal, flat.right, flat.right)]
+    count = len(flat.row)
     if len(flat.limits):
-        constraints.append(LinearConstraint(flat.upper, -np.inf, flat.limits))
+        from scipy import sparse
+
+        upper = sparse.hstack([flat.upper, sparse.csr_array((len(flat.limits), len(flat.values) - count))])
+        constraints.append(LinearConstraint(sparse.csr_array(upper), -np.inf, flat.limits))
     found = milp(
         MAGNIFIED * flat.values,
         constraints=constraints,
-        integrality=np.ones(len(flat.values)),
+        integrality=(np.arange(len(flat.values)) < count).astype(int),
         bounds=Bounds(0, 1),
         options={"time_limit": max(0.1, 0.95 * seconds), "mip_rel_gap": 0.0},
     )
@@ -89,16 +103,17 @@ def scipy_highs(problem: Problem, cuts: Sequence[np.ndarray], seconds: float) ->
     bound = -math.inf if dual is None else dual / MAGNIFIED * flat.scale + flat.offset
     if found.x is None:
         return Answer(None, bound, False)
-    return Answer(_picks(problem, flat, found.x), bound, found.status == 0)
+    return Answer(_picks(problem, flat, found.x[:count]), bound, found.status == 0)
 
 
 # ---- the program --------------------------------------------------------------------------------------------------
 
 
 class _Flat(NamedTuple):
-    """The allowed choices as one vector: row and column of each, and  equal @ x == right, upper @ x <= limits.
+    """The allowed choices as one vector x, row and column of each, then what terms need, z:
+    equal @ [x, z] == right, upper @ x <= limits.
 
-    values from 0 to 1, for a solver's absolute tolerances: objective = scale * values @ x + offset.
+    values from 0 to 1, for a solver's absolute tolerances: objective = scale * values @ [x, z] + offset.
     """
 
     row: np.ndarray
@@ -118,17 +133,66 @@ def _flat(problem: Problem, cuts: Sequence[np.ndarray]) -> _Flat:
     row, column = np.nonzero(problem.allowed)
     count, layers = len(row), len(problem.paths)
     least = problem.value.min(1)
-    above = problem.value[row, column] - least[row]
-    scale = float(above.max()) or 1.0
-    one = sparse.csr_array((np.ones(count), (row, np.arange(count))), shape=(layers, count))
-    ties = []
-    activation = problem.a[column]
+    above, offset = [problem.value[row, column] - least[row]], [*least]
+    blocks: list[Any] = [sparse.csr_array((np.ones(count), (row, np.arange(count))), shape=(layers, count))]
+    right = [np.ones(layers)]
+    if ties := _ties(problem, row, column):
+        blocks.append(sparse.csr_array(np.array(ties)))
+        right.append(np.zeros(len(ties)))
+    for number, term in enumerate(problem.terms):
+        on_x, on_z, table = _linearised(problem, term, row, column)
+        least_of = table.min()
+        above.append((table - least_of).ravel())
+        offset.append(least_of)
+        # Columns of the terms before stay empty here.
+        before = sum(len(values) for values in above[1 : number + 1])
+        blocks.append(sparse.hstack([on_x, sparse.csr_array((on_z.shape[0], before)), on_z]))
+        right.append(np.zeros(on_z.shape[0]))
+    values = np.concatenate(above)
+    scale = float(values.max()) or 1.0
+    wide = [sparse.hstack([b, sparse.csr_array((b.shape[0], len(values) - b.shape[1]))]) for b in blocks]
+    upper, limits = _limits(problem, cuts, row, column)
+    return _Flat(
+        row=row,
+        column=column,
+        values=values / scale,
+        scale=scale,
+        offset=math.fsum(offset),
+        equal=sparse.csr_array(sparse.vstack(wide)),
+        right=np.concatenate(right),
+        upper=sparse.csr_array(np.array(upper).reshape(-1, count)),
+        limits=np.array(limits),
+    )
+
+
+def _ties(problem: Problem, row: np.ndarray, column: np.ndarray) -> list[np.ndarray]:
+    """Rows of  equal @ x == 0  that give tied rows the same activation bits."""
+    activation, ties = problem.a[column], []
     for group in problem.tied:
         for first, second in itertools.pairwise(group):
             for a in sorted(set(activation[(row == first) | (row == second)].tolist())):
                 here = activation == a
                 ties.append(((row == first) & here).astype(float) - ((row == second) & here))
-    equal = sparse.vstack([one, sparse.csr_array(np.array(ties))]) if ties else one
+    return ties
+
+
+def _linearised(problem: Problem, term: Term, row: np.ndarray, column: np.ndarray) -> tuple[Any, Any, np.ndarray]:
+    """(on x, on z, table [I, J] of the levels that are left): on_x @ x + on_z @ z == 0 binds z [I * J] to x."""
+    from scipy import sparse
+
+    open_a = np.unique(term.level_a[problem.allowed[term.a]])
+    open_b = np.unique(term.level_b[problem.allowed[term.b]])
+    on_x = [-((row == term.a) & (term.level_a[column] == i)).astype(float) for i in open_a]
+    on_x += [-((row == term.b) & (term.level_b[column] == j)).astype(float) for j in open_b]
+    i, j = len(open_a), len(open_b)
+    on_z = np.concatenate([np.kron(np.eye(i), np.ones(j)), np.kron(np.ones(i), np.eye(j))])
+    return sparse.csr_array(np.array(on_x)), sparse.csr_array(on_z), term.table[np.ix_(open_a, open_b)]
+
+
+def _limits(
+    problem: Problem, cuts: Sequence[np.ndarray], row: np.ndarray, column: np.ndarray
+) -> tuple[list[np.ndarray], list[float]]:
+    """Rows and limits of  upper @ x <= limits: the budgets, and policies that were cut off."""
     upper, limits = [], []
     for cost, limit in zip(problem.cost, problem.limit, strict=True):
         # Above each row's least: the numbers that the budget decides by, not large ones that they stand on.
@@ -138,18 +202,8 @@ def _flat(problem: Problem, cuts: Sequence[np.ndarray]) -> _Flat:
         limits.append(room / (abs(room) or 1.0))
     for picks in cuts:
         upper.append((picks[row] == column).astype(float))
-        limits.append(layers - 1.0)
-    return _Flat(
-        row=row,
-        column=column,
-        values=above / scale,
-        scale=scale,
-        offset=math.fsum(least),
-        equal=sparse.csr_array(equal),
-        right=np.concatenate([np.ones(layers), np.zeros(len(ties))]),
-        upper=sparse.csr_array(np.array(upper).reshape(-1, count)),
-        limits=np.array(limits),
-    )
+        limits.append(len(problem.paths) - 1.0)
+    return upper, limits
 
 
 def _picks(problem: Problem, flat: _Flat, x: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ OPTIONS = [
     "--budget",
     "--workdir",
     "--importance",
+    "--criterion",
     "--alpha",
     "--out",
     "--latency",
@@ -45,6 +46,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     add("--workdir", type=Path, help="a run; default: the newest under runs/")
     add("--importance", type=Path, help="an importance.json of any origin, in place of a run")
+    add("--criterion", help="whose table: learned (default), hawq, output_fisher, regression, …; computed once, kept")
     add("--alpha", default="auto", help="factor of the weights' table, or auto: the fitted one (default)")
     add("--out", type=Path, help="where the policy is written; default: policy.json beside the importance")
     add("--latency", type=Path, help="latency.json, for a latency budget")
@@ -56,9 +58,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     arguments, rest = parser.parse_known_args(argv)
     if arguments.json and not arguments.describe:
         raise Refusal("--json goes with --describe; leave it out, or add --describe --config …")
-    if rest and not (arguments.describe and arguments.config):
-        near = difflib.get_close_matches(rest[0].partition("=")[0], OPTIONS, n=1, cutoff=0.0)
-        raise Refusal(f"unknown option {rest[0]}; the nearest is {near[0]} (search.py --help lists all)")
+    settings = [word for word in rest if word.startswith("--criteria.") or not word.startswith("--")]
+    allowed = rest if arguments.describe and arguments.config else settings if arguments.criterion else []
+    if strange := [word for word in rest if word not in allowed]:
+        near = difflib.get_close_matches(strange[0].partition("=")[0], OPTIONS, n=1, cutoff=0.0)
+        raise Refusal(f"unknown option {strange[0]}; the nearest is {near[0]} (search.py --help lists all)")
     if arguments.alpha != "auto":
         try:
             alpha = float(arguments.alpha)
@@ -103,9 +107,10 @@ def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(json.dumps(costs.describe(layers)) if arguments.json else costs.describe_text(layers))
 
 
-def search(arguments: argparse.Namespace) -> None:
+def search(arguments: argparse.Namespace, rest: Sequence[str] = ()) -> None:
     from mpq_jax import costs
     from mpq_jax import importance as importances
+    from mpq_jax.criteria import files as criteria
     from mpq_jax.policy import save_policy
 
     for text in arguments.budget:
@@ -116,15 +121,20 @@ def search(arguments: argparse.Namespace) -> None:
         if workdir is None:
             workdir = newest_run()
             print(f"run: {workdir} (the newest)")
-        path = workdir / "importance.json"
-        if not path.exists():
+        path = criteria.path_of(workdir, arguments.criterion or "learned")
+        if arguments.criterion is None and not path.exists():
             raise Refusal(
-                f"{path} does not exist; finish joint training with: python train.py --config … --workdir {workdir}"
+                f"{path} does not exist; finish joint training with: python train.py --config … --workdir {workdir}, "
+                "or take a --criterion that needs none, such as output_fisher"
             )
+    elif arguments.criterion is not None:
+        raise Refusal("--criterion names a table of a run, and --importance a table itself; give one of them")
     elif arguments.workdir is not None:
         raise Refusal("--workdir and --importance both name a table; give one of them")
     out = arguments.out or path.parent / "policy.json"
     check_out(out, (path, arguments.latency))
+    if arguments.criterion is not None:
+        criteria.ensure(workdir, arguments.criterion, rest)
     importance = importances.load_importance(path)
     latency = costs.load_latency(arguments.latency) if arguments.latency else None
     budgets = costs.parse_budgets(
@@ -210,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             if not arguments.budget:
                 raise Refusal("no budget given; write e.g. --budget bitops=W3A4")
-            search(arguments)
+            search(arguments, rest)
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return 2

@@ -21,15 +21,20 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Co
     parser.add_argument("--config", required=True, help="a config file, e.g. configs/digits.py")
     parser.add_argument("--workdir", help="where the run is kept; default: runs/<name of the config>")
     parser.add_argument("--policy", help="fine-tune with this policy.json (from search.py) and report")
+    parser.add_argument("--float-only", action="store_true", help="stop after float training: enough for most criteria")
     config_lib.add_help(parser)
     known, rest = parser.parse_known_args(argv)
     for word in rest:
         name = word.partition("=")[0]
         if name.startswith("--") and name[2:].replace("-", "_") not in config_lib.options(config_lib.Config()):
-            near = difflib.get_close_matches(name, ["--config", "--workdir", "--policy"], n=1, cutoff=0.75)
+            near = difflib.get_close_matches(
+                name, ["--config", "--workdir", "--policy", "--float-only"], n=1, cutoff=0.75
+            )
             if near:
                 raise Refusal(f"unknown option {name}; the nearest is {near[0]} (train.py --help lists all)")
     config = config_lib.load(known.config, rest)
+    if known.float_only and known.policy:
+        raise Refusal("--float-only stops before what --policy does; give one of them")
     known.workdir = Path(known.workdir or Path("runs") / Path(known.config).stem)
     return known, config
 
@@ -40,12 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mpq_jax import workdir
 
         workdir.claim(arguments.workdir, config, finetuning=arguments.policy is not None)
-        if arguments.policy is None:
+        if arguments.float_only:
+            from mpq_jax.pipeline import learn_float
+
+            learn_float(config, arguments.workdir)
+        elif arguments.policy is None:
             from mpq_jax.pipeline import learn
 
             learn(config, arguments.workdir)
         else:
-            workdir.check_policy(arguments.workdir, arguments.policy)
+            workdir.check_policy(arguments.workdir, arguments.policy, config.finetune.start)
             from mpq_jax.pipeline import finish
 
             finish(config, arguments.workdir, Path(arguments.policy))

@@ -221,10 +221,7 @@ def _table(
 
     if not has(value, shape):
         found = "missing" if value is None else "not that"
-        raise refuse(
-            f'"{name}" must hold finite numbers in {" x ".join(map(str, shape))} ({axes}); '
-            f"it is {found}"
-        )
+        raise refuse(f'"{name}" must hold finite numbers in {" x ".join(map(str, shape))} ({axes}); it is {found}')
     return np.array(value, np.float64)
 
 

@@ -1,6 +1,5 @@
 """quantize(model, ...): finds the layers of an unmodified Flax model, and makes bits and step sizes its arguments."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -248,8 +247,8 @@ def _quantizing(
             return product(*operands), None
         # An eighth of the batch is enough to tell an activation's error.
         sample = activation[: max(1, activation.shape[0] // 8)]
-        error = _relative_error(functools.partial(weight_grid, bits=bits.w), weight)
-        return product(*operands), error + _relative_error(functools.partial(activation_grid, bits=bits.a), sample)
+        error = _relative_error(lambda x: weight_grid(x, bits.w), weight)
+        return product(*operands), error + _relative_error(lambda x: activation_grid(x, bits.a), sample)
 
     return handler
 

@@ -46,6 +46,7 @@ def make_parser() -> Parser:
     add("--workdir", type=Path, help="a run; default: the newest under runs/")
     add("--importance", type=Path, help="an importance.json of any origin, in place of a run")
     add("--import-limpq", type=Path, help="indicators of LIMPQ's code (.pkl) or a .csv; needs --config for the layers")
+    add("--criterion", help="whose table: learned (default), hawq, output_fisher, regression, …; computed once, kept")
     add(
         "--rule",
         action="append",
@@ -75,10 +76,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     arguments, rest = parser.parse_known_args(argv)
     if arguments.json and not arguments.describe:
         raise Refusal("--json goes with --describe; leave it out, or add --describe --config …")
-    if rest and not arguments.config:
+    settings = [word for word in rest if word.startswith("--criteria.") or not word.startswith("--")]
+    allowed = rest if arguments.config else settings if arguments.criterion else []
+    if strange := [word for word in rest if word not in allowed]:
         known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1, cutoff=0.0)
-        raise Refusal(f"unknown option {rest[0]}; the nearest is {near[0]} (search.py --help lists all)")
+        near = difflib.get_close_matches(strange[0].partition("=")[0], known, n=1, cutoff=0.0)
+        raise Refusal(f"unknown option {strange[0]}; the nearest is {near[0]} (search.py --help lists all)")
     if arguments.alpha != "auto":
         try:
             alpha = float(arguments.alpha)
@@ -100,11 +103,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         raise Refusal(
             "--import-limpq needs the model's layers; add --config, e.g. --config configs/imagenet_resnet50.py"
         )
+    if arguments.criterion and (arguments.importance or arguments.import_limpq):
+        raise Refusal("--criterion names a table of a run, --importance and --import-limpq a table itself; give one")
     sources = [o for o in ("workdir", "importance", "import_limpq") if getattr(arguments, o) is not None]
     if len(sources) > 1:
         names = " and ".join("--" + name.replace("_", "-") for name in sources)
         raise Refusal(f"{names} both name a table; give one of them")
-    asks = arguments.budget or arguments.frontier or arguments.check or arguments.describe or arguments.import_limpq
+    asks = arguments.budget or arguments.frontier or arguments.check or arguments.describe
+    asks = asks or arguments.import_limpq or arguments.criterion
     if not asks:
         raise Refusal("no budget given; write e.g. --budget bitops=W3A4 (or --frontier 64)")
     return arguments, rest
@@ -122,7 +128,7 @@ def newest_run(root: Path = Path("runs")) -> Path:
 
 
 def importance_path(arguments: argparse.Namespace, overrides: Sequence[str]) -> Path:
-    """The importance.json to search; what --import-limpq makes is written first."""
+    """The importance.json to search; what --import-limpq and --criterion make is made first."""
     if arguments.import_limpq is not None:
         return import_limpq(arguments, overrides)
     if arguments.importance is not None:
@@ -131,10 +137,15 @@ def importance_path(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     if workdir is None:
         workdir = newest_run()
         print(f"run: {workdir} (the newest)")
+    if arguments.criterion is not None:
+        from mpq_jax.criteria import files as criteria
+
+        return criteria.ensure(workdir, arguments.criterion, overrides)
     path = workdir / "importance.json"
     if not path.exists():
         raise Refusal(
-            f"{path} does not exist; finish joint training with: python train.py --config … --workdir {workdir}"
+            f"{path} does not exist; finish joint training with: python train.py --config … --workdir {workdir}, "
+            "or take a --criterion that needs none, such as output_fisher"
         )
     return path
 

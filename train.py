@@ -20,10 +20,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Co
     parser.add_argument("--config", required=True, help="a config file, e.g. configs/digits.py")
     parser.add_argument("--workdir", help="where the run is kept; default: runs/<name of the config>")
     parser.add_argument("--policy", help="fine-tune with this policy.json (from search.py) and report")
+    parser.add_argument("--float-only", action="store_true", help="stop after float training: enough for most criteria")
     config_lib.add_help(parser)
     known, rest = parser.parse_known_args(argv)
-    config_lib.refuse_misspelt(rest, ("--config", "--workdir", "--policy"), parser.prog)
+    config_lib.refuse_misspelt(rest, ("--config", "--workdir", "--policy", "--float-only"), parser.prog)
     config = config_lib.load(known.config, rest)
+    if known.float_only and known.policy:
+        raise Refusal("--float-only stops before what --policy does; give one of them")
     known.workdir = Path(known.workdir or Path("runs") / Path(known.config).stem)
     return known, config
 
@@ -34,12 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mpq_jax import workdir
 
         workdir.claim(arguments.workdir, config, finetuning=arguments.policy is not None)
-        if arguments.policy is None:
+        if arguments.float_only:
+            from mpq_jax.pipeline import learn_float
+
+            learn_float(config, arguments.workdir)
+        elif arguments.policy is None:
             from mpq_jax.pipeline import learn
 
             learn(config, arguments.workdir)
         else:
-            workdir.check_policy(arguments.workdir, arguments.policy)
+            workdir.check_policy(arguments.workdir, arguments.policy, config.finetune.start)
             from mpq_jax.pipeline import finish
 
             finish(config, arguments.workdir, Path(arguments.policy))

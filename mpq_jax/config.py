@@ -108,6 +108,21 @@ class Finetune:
 
 
 @dataclasses.dataclass(frozen=True)
+class Criteria:
+    samples: int = 1024  # training images that criteria measure on
+    batch_size: int = 64
+    step_sizes: str = "calibrated"  # of the quantization errors: calibrated, or joint (learned)
+    hessian_samples: int = 256  # hawq: images that the Hessian is of
+    relative_error: float = 0.05  # hawq_v2: standard error of a trace; hawq: residual of an eigenvalue
+    max_draws: int = 500  # … or so many draws or iterations, whichever comes first
+    uniform_activations: int = 0  # hawq, hawq_v2, mpqco: weights only, all activations at so many bits, as published;
+    # 0: the same formula on activations too
+    others: str = "float"  # one_at_a_time: all else in float, or at its widest
+    monotone: bool = False  # regression: harm must not rise with bits
+    settled: float = 0.5  # regression: share of the random rows' log, from its end, that is used
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = 0
     data: Data = Data()
@@ -117,6 +132,7 @@ class Config:
     joint: Joint = Joint()
     search: Search = Search()
     finetune: Finetune = Finetune()
+    criteria: Criteria = Criteria()
     eval_batch_size: int = 500
     statistics_batches: int = 50  # training batches that normalisation statistics are re-estimated on; too few miss
     # what a channel that is almost always dead does when it is not
@@ -262,6 +278,24 @@ def add_help(parser: argparse.ArgumentParser, config: Config | None = None) -> N
 def to_json(config: Config) -> dict[str, Any]:
     """Plain JSON values, section by section."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(value: dict[str, Any]) -> Config:
+    """The config that `to_json` made; what it does not name is at its default.
+
+    Raises ValueError, KeyError or TypeError for what is no such value.
+    """
+    sections: dict[str, Any] = {}
+    for name, kind in get_type_hints(Config).items():
+        if name not in value:
+            continue
+        if dataclasses.is_dataclass(kind):
+            hints = get_type_hints(kind)
+            given = {key: tuple(v) if get_origin(hints[key]) is tuple else v for key, v in value[name].items()}
+            sections[name] = kind(**given)  # type: ignore[operator]
+        else:
+            sections[name] = value[name]
+    return Config(**sections)
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any], sections: Sequence[str]) -> list[str]:

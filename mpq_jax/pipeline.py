@@ -22,14 +22,14 @@ from mpq_jax.numerics import at_bits
 from mpq_jax.search import best_uniform, random_policies
 from mpq_jax.search.constraints import check_search_rules
 from mpq_jax.types import Bits, Budget, Importance, Policy, QuantizedModel, Refusal
+from mpq_jax.workdir import importance_of
 
 # (name, policies that its row is the mean of)
 Contestant = tuple[str, list[dict[str, Bits]]]
 
 
-def learn(config: Config, workdir: Path) -> Importance:
-    """Float training, joint training, and <workdir>/importance.json. Resumes where it stopped."""
-    alpha = _alpha(config.joint.alpha)
+def learn_float(config: Config, workdir: Path) -> tuple[stages.Run, Mapping[str, Any]]:
+    """Float training, or the weights that were loaded: what criteria without joint training need. -> (run, variables)"""
     run = stages.open_run(config, workdir)
     searched = sum(layer.searched for layer in run.model.layers)
     widths = run.model.bit_widths, run.model.activation_bit_widths
@@ -38,6 +38,14 @@ def learn(config: Config, workdir: Path) -> Importance:
     variables = stages.pretrain(run)
     loss, accuracy = _evaluated(run, variables, None, "validation")
     print(f"float: validation accuracy {accuracy:.2%}, loss {loss:.4f}")
+    return run, variables
+
+
+def learn(config: Config, workdir: Path) -> Importance:
+    """Float training, joint training, and <workdir>/importance.json. Resumes where it stopped."""
+    alpha = _alpha(config.joint.alpha)
+    run, variables = learn_float(config, workdir)
+    searched = sum(layer.searched for layer in run.model.layers)
     start = stages.calibrated(run, variables)
     state, log = stages.joint_train(run, start)
     end = joint.row_variables(state, 0, averaged=True)
@@ -82,18 +90,22 @@ def _tables(table: Importance) -> dict[str, Any]:
 
 def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
     """Fine-tunes the policy and those it is compared with, measures all once on the test set, writes report.md."""
-    table = importance.load_importance(workdir / "importance.json")
+    found_with = importance_of(workdir, policy_path)
+    table = importance.load_importance(found_with)
     mixed = policy.load_policy(policy_path, table.layers, table.bit_widths, table.activation_bit_widths)
     saved = read_json(policy_path, "mpq-policy", 1, policy.MADE_BY)
     budgets = costs.restore_budgets(costs.saved_limits(saved.get("budgets"), str(policy_path)), table)
     run = stages.open_run(config, workdir)
     float_variables = stages.pretrain(run)
-    joint_state, _ = stages.joint_train(run, stages.calibrated(run, float_variables))
+    start = stages.calibrated(run, float_variables)
+    # Without joint training there is nothing that it left: fine-tuning and figures start from calibration.
+    joined = (workdir / "importance.json").is_file()
+    joint_state = stages.joint_train(run, start)[0] if joined else None
     contestants: list[Contestant] = [("mixed", [mixed])]
     if config.finetune.compare and budgets:
         contestants = [*_compared(table, budgets, config), *contestants]
     finetune = stages.finetuner(run, float_variables)
-    starts = _starts(run, joint_state, float_variables)
+    starts = _starts(run, joint_state, start)
     trained = {
         name: [finetune(_stage_of(config, each), name, each, starts) for each in group] for name, group in contestants
     }
@@ -110,9 +122,9 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
         policies={name: group[0] for name, group in contestants},
         used={b.name: (costs.used(b, mixed, table), b.limit, b.unit) for b in budgets},
         accuracy=rows,
-        grids=_grids(run.model, joint.row_variables(joint_state, 0, averaged=True), table),
+        grids=_grids(run.model, joint.row_variables(joint_state, 0, averaged=True) if joint_state else start, table),
         depthwise_pairs=_depthwise_pairs(run.model),
-        provenance=_provenance(config, workdir, policy_path),
+        provenance=_provenance(config, found_with, policy_path),
         **_indicators(workdir),
     )
     path = report.write(made, workdir)
@@ -137,13 +149,13 @@ def _compared(table: Importance, budgets: Sequence[Budget], config: Config) -> l
     return found
 
 
-def _starts(run: stages.Run, joint_state: joint.TrainState, float_variables: Any) -> Mapping[str, Any]:
+def _starts(run: stages.Run, joint_state: joint.TrainState | None, calibrated: Mapping[str, Any]) -> Mapping[str, Any]:
     """Where fine-tuning starts: the joint model, or the float one with step sizes started anew."""
-    if run.config.finetune.start == "joint":
+    if run.config.finetune.start == "joint" and joint_state is not None:
         # Of the rows, the last saw mixed policies: its statistics and its own affine copies are the nearest.
         return joint.row_variables(joint_state, -1, averaged=True)
     if run.config.finetune.start == "float":
-        return stages.calibrated(run, float_variables)
+        return calibrated
     raise Refusal(f'finetune.start {run.config.finetune.start!r} is not known; choose "joint" or "float"')
 
 
@@ -220,7 +232,7 @@ def _indicators(workdir: Path) -> dict[str, Any]:
     }
 
 
-def _provenance(config: Config, workdir: Path, policy_path: Path) -> dict[str, str]:
+def _provenance(config: Config, found_with: Path, policy_path: Path) -> dict[str, str]:
     packages = ("jax", "jaxlib", "flax", "optax", "cvxpy", "highspy", "tensorflow-datasets", "grain")
     return {
         "mpq_jax": __version__,
@@ -228,6 +240,6 @@ def _provenance(config: Config, workdir: Path, policy_path: Path) -> dict[str, s
         **{name: metadata.version(name) for name in packages},
         "device": f"{jax.devices()[0].platform} x {jax.device_count()}",
         "seed": str(config.seed),
-        "importance.json (SHA-256)": importance.sha256(workdir / "importance.json"),
+        f"{found_with.name} (SHA-256)": importance.sha256(found_with),
         "policy (SHA-256)": importance.sha256(policy_path),
     }

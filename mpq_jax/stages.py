@@ -20,6 +20,7 @@ from mpq_jax.files import whole
 from mpq_jax.policy import stack
 from mpq_jax.progress import progress
 from mpq_jax.types import Bits, Policy, QuantizedModel, Refusal
+from mpq_jax.workdir import latest_step
 
 
 class Run(NamedTuple):
@@ -301,6 +302,35 @@ class RowLogFile:
         """The log as the criteria take it."""
         joined = self._joined()
         return RowLog(joined["step"], joined["assignment"], joined["loss"], joined["uniform"].mean(-1))
+
+
+# ---- what is finished ----------------------------------------------------------------------------------------------
+
+
+def _check_finished(run: Run, stage: str, settings: Pretrain | Joint) -> None:
+    step, steps = latest_step(run.workdir / stage) or 0, _steps(settings, run)
+    if step < steps:
+        raise Refusal(
+            f"{run.workdir / stage} stands at step {step} of {steps}; finish it with: python train.py --config … "
+            f"--workdir {run.workdir}"
+        )
+
+
+def finished_float(run: Run) -> Mapping[str, Any]:
+    """The float model's variables, of a float training that is finished, or loaded. Raises Refusal if it is not."""
+    if not run.config.model.weights:
+        _check_finished(run, "pretrain", run.config.pretrain)
+    return pretrain(run)
+
+
+def finished_joint(run: Run, start: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first row's variables of a joint training that is finished. Raises Refusal if it is not.
+
+    start: calibrated variables.
+    """
+    _check_finished(run, "joint", run.config.joint)
+    state, _ = joint_train(run, start)
+    return joint.row_variables(state, 0, averaged=True)
 
 
 # ---- fine-tuning --------------------------------------------------------------------------------------------------

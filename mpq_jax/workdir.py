@@ -35,15 +35,52 @@ def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> None:
         raise Refusal(f"{workdir} is another run's ({shown}{more}); choose another --workdir, or the same options")
 
 
-def check_policy(workdir: Path, policy: str | Path) -> None:
-    """Refuses a policy that is not of this run's model, before JAX is imported."""
+def load_config(workdir: Path) -> config_lib.Config:
+    """The config that a run was started with. Raises Refusal where the folder holds no run, or an older program's."""
+    path = workdir / "config.json"
+    saved = read_json(path, "mpq-run", 1, "python train.py --config … --workdir …")["config"]
+    try:
+        return config_lib.from_json(saved)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refusal(f"{path} is not of this program ({error}); train anew in another --workdir") from None
+
+
+def latest_step(stage: Path) -> int | None:
+    """The step of the newest whole checkpoint in a stage's folder; None where there is none."""
+    steps = [int(each.name) for each in stage.iterdir() if each.name.isdigit()] if stage.is_dir() else []
+    return max(steps, default=None)
+
+
+def importance_of(workdir: Path, policy: str | Path) -> Path:
+    """The importance file in the folder that a policy was found with, by its digest; else importance.json.
+
+    Raises Refusal where there is neither.
+    """
+    from mpq_jax.importance import sha256
+    from mpq_jax.policy import FORMAT, MADE_BY, VERSION
+
+    digest = read_json(policy, FORMAT, VERSION, MADE_BY).get("importance_sha256")
+    files = [workdir / "importance.json", *sorted(workdir.glob("importance_*.json"))]
+    found = next((file for file in files if file.is_file() and sha256(file) == digest), files[0])
+    if not found.is_file():
+        raise Refusal(
+            f"{policy} was not found with any importance in {workdir}; find one with: python search.py --workdir "
+            f"{workdir} --criterion … --budget …, or finish joint training: run train.py without --policy"
+        )
+    return found
+
+
+def check_policy(workdir: Path, policy: str | Path, start: str) -> None:
+    """Refuses a policy that is not of this run's model, before JAX is imported. start: config.finetune.start."""
     from mpq_jax.importance import load_importance
     from mpq_jax.policy import load_policy
 
-    path = workdir / "importance.json"
-    if not path.exists():
-        raise Refusal(f"{path} does not exist: joint training is not done; run train.py without --policy first")
-    importance = load_importance(path)
+    importance = load_importance(importance_of(workdir, policy))
+    if start == "joint" and not (workdir / "importance.json").is_file():
+        raise Refusal(
+            f"fine-tuning starts from the joint model, and joint training is not done in {workdir}; "
+            "add --finetune.start float, or run train.py without --policy first"
+        )
     load_policy(policy, importance.layers, importance.bit_widths, importance.activation_bit_widths)
 
 

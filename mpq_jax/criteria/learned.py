@@ -1,13 +1,15 @@
 """The paper's criterion: the learned step size itself is the importance (LIMPQ, Tang et al., ECCV 2022)."""
 
+import zipfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax import flax_seam
-from mpq_jax.types import Importance, Layer, QuantizedModel
+from mpq_jax.types import Importance, Layer, QuantizedModel, Refusal
 
 
 class RowLog(NamedTuple):
@@ -21,6 +23,21 @@ class RowLog(NamedTuple):
     assignment: np.ndarray
     loss: np.ndarray
     reference: np.ndarray
+
+
+def load_rows(path: str | Path, layers: Sequence[Layer]) -> RowLog:
+    """Reads a run's random_rows.npz. Raises Refusal for one that is damaged, or of another model's layers."""
+    again = "make it again with: python train.py --config … --workdir …"
+    try:
+        with np.load(path) as file:
+            names, step, assignment, loss, uniform = (
+                file[name] for name in ("layers", "step", "assignment", "loss", "uniform")
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise Refusal(f"{path} cannot be read: {str(error).splitlines()[0]}; {again}") from None
+    if names.tolist() != [layer.path for layer in layers if layer.searched]:
+        raise Refusal(f"{path} is of other layers than this model's; {again}")
+    return RowLog(step, assignment, loss, uniform.mean(-1))
 
 
 def learned(model: QuantizedModel, variables: Mapping[str, Any], log: RowLog | None = None) -> Importance:

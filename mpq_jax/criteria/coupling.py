@@ -1,0 +1,146 @@
+"""Which layers of a model are coupled: one reads what the other makes, or an addition joins what both make.
+
+The model is traced with a mark on the inputs and on the output of every layer; then marks are followed through the
+jaxpr, scans unrolled. The sources of a value are the layers whose outputs reach it without passing another layer.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
+
+from mpq_jax import ops
+from mpq_jax.interpret import Call
+from mpq_jax.origins import subjaxprs
+from mpq_jax.types import QuantizedModel
+
+_ADDITIONS = ("add", "add_any", "sub")
+Sources = tuple[int, ...]  # numbers of layer runs, in execution order
+
+
+class Pair(NamedTuple):
+    """Two coupled layers, the earlier first. kind: "neighbours" or "residual"."""
+
+    first: str
+    second: str
+    kind: str
+
+
+def coupled_pairs(model: QuantizedModel, variables: Any, *inputs: Any, **kwargs: Any) -> tuple[Pair, ...]:
+    """All pairs of coupled layers, in execution order; variables and inputs may be shapes.
+
+    neighbours: the second reads, through anything but layers, what the first makes.
+    residual: an addition joins what they make; of each side of it the last layer counts, so that a residual stream
+        of N blocks gives N pairs, not N^2.
+    """
+    calls: list[Call] = []
+
+    def handler(call, lhs, rhs, _):
+        calls.append(call)
+        operands = [lhs, rhs]
+        side = 1 - call.weight_side
+        operands[side] = checkpoint_name(operands[side], f"in {len(calls) - 1}")
+        out = ops.contract(call.primitive, call.params, "plain")(*operands)
+        return checkpoint_name(out, f"out {len(calls) - 1}"), None
+
+    closed = jax.make_jaxpr(lambda variables, inputs: model.walk(variables, {}, handler, inputs, kwargs)[0])(
+        variables, inputs
+    )
+    walk = _Follow(lambda call, steps: _path(model, call, steps), calls)
+    walk.through(closed.jaxpr, [()] * len(closed.jaxpr.invars))
+    return tuple(walk.pairs.values())
+
+
+def _path(model: QuantizedModel, call: Call, steps: Sequence[int]) -> str:
+    """The layer of a call in these steps of the scans around it."""
+    spec = model.specs[call.leaf]
+    position = tuple(steps[depth] for depth in call.stack)
+    return spec.paths[int(np.ravel_multi_index(position, spec.stack)) if position else 0]
+
+
+class _Follow:
+    """Follows sources through a jaxpr. runs: the layer of each run, in execution order; pairs: what was found."""
+
+    def __init__(self, path: Callable[[Call, Sequence[int]], str], calls: Sequence[Call]):
+        self.path, self.calls = path, calls
+        self.runs: list[str] = []
+        self.pairs: dict[frozenset[str], Pair] = {}
+        self.steps: tuple[int, ...] = ()
+
+    def note(self, first: int, second: int, kind: str) -> None:
+        a, b = self.runs[first], self.runs[second]
+        if a != b:
+            self.pairs.setdefault(frozenset((a, b)), Pair(a, b, kind))
+
+    def through(self, jaxpr: Any, sources: Sequence[Sources]) -> list[Sources]:
+        """Sources of the outputs, from those of the inputs (constants have none)."""
+        env: dict[Any, Sources] = dict(zip(jaxpr.invars, sources, strict=True))
+
+        def read(atom) -> Sources:
+            return () if isinstance(atom, core.Literal) else env.get(atom, ())
+
+        for eqn in jaxpr.eqns:
+            outs = self.equation(eqn, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def equation(self, eqn: Any, sources: list[Sources]) -> list[Sources]:
+        name = eqn.primitive.name
+        if name == "name":
+            return [self.mark(eqn.params["name"], sources[0])]
+        bodies = [body for body in subjaxprs(eqn) if _has_mark(body)]
+        if name == "scan" and bodies:
+            return self.scan(eqn, sources)
+        if len(bodies) == 1 and len(bodies[0].invars) == len(sources):
+            return self.through(bodies[0], sources)
+        known = [each for each in sources if each]
+        if name in _ADDITIONS and len(known) == 2 and known[0] != known[1]:
+            first, second = sorted(each[-1] for each in known)
+            if first != second:
+                self.note(first, second, "residual")
+                return [(first, second)]
+        return [_union(known)] * len(eqn.outvars)
+
+    def mark(self, text: str, sources: Sources) -> Sources:
+        where, _, number = text.partition(" ")
+        if where not in ("in", "out") or not number.isdigit():
+            return sources  # the user's own name
+        if where == "out":
+            return (len(self.runs) - 1,)
+        self.runs.append(self.path(self.calls[int(number)], self.steps))
+        for source in sources:
+            self.note(source, len(self.runs) - 1, "neighbours")
+        return sources
+
+    def scan(self, eqn: Any, sources: list[Sources]) -> list[Sources]:
+        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        length = eqn.params["length"]
+        steps = reversed(range(length)) if eqn.params["reverse"] else range(length)
+        fixed, carry, xs = sources[:consts], sources[consts : consts + carries], sources[consts + carries :]
+        stacked: list[list[Sources]] = []
+        around = self.steps
+        for step in steps:
+            self.steps = (*around, step)
+            outs = self.through(eqn.params["jaxpr"].jaxpr, [*fixed, *carry, *xs])
+            carry = outs[:carries]
+            stacked.append(outs[carries:])
+        self.steps = around
+        return [*carry, *(_union(each) for each in zip(*stacked, strict=True))]
+
+
+def _union(sources: Sequence[Sources]) -> Sources:
+    return tuple(sorted(set(itertools.chain.from_iterable(sources))))
+
+
+def _has_mark(jaxpr: Any) -> bool:
+    return any(eqn.primitive.name == "name" or any(_has_mark(body) for body in subjaxprs(eqn)) for eqn in jaxpr.eqns)
+
+
+def searched_pairs(model: QuantizedModel, pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+    """Those whose layers are both searched."""
+    searched: Mapping[str, bool] = {layer.path: layer.searched for layer in model.layers}
+    return tuple(pair for pair in pairs if searched[pair.first] and searched[pair.second])

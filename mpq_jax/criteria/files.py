@@ -1,0 +1,149 @@
+"""Where a criterion's table lies in a run's folder, whether it is there and still true, and what it lacks. No JAX."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpq_jax import config as config_lib
+from mpq_jax import importance as importances
+from mpq_jax.config import Config
+from mpq_jax.criteria import CRITERIA, find
+from mpq_jax.files import read_json
+from mpq_jax.types import Refusal
+from mpq_jax.workdir import latest_step, load_config
+
+# What a run's float model depends on; the rest of its settings change nothing in a criterion's table.
+SECTIONS = ("seed", "data", "model", "quantize", "pretrain")
+
+
+def path_of(workdir: Path, name: str) -> Path:
+    """<workdir>/importance_<name>.json; the learned table is the importance.json that joint training writes.
+
+    Raises Refusal for a name that does not exist.
+    """
+    find(name)
+    return workdir / ("importance.json" if name == "learned" else f"importance_{name}.json")
+
+
+def config_of(workdir: Path, overrides: Sequence[str] = ()) -> Config:
+    """The run's config, with ["--criteria.samples", "512", ...] on top; refuses options of other sections."""
+    config = load_config(workdir)
+    for word in overrides:
+        if word.startswith("--") and not word[2:].startswith("criteria."):
+            raise Refusal(f"option {word} is not for a search; --criteria.… can be given with --criterion")
+    return config_lib.override(config, overrides)
+
+
+def ensure(workdir: Path, name: str, overrides: Sequence[str] = ()) -> Path:
+    """The criterion's file, computed if it is not there or is of other settings; only then is JAX imported.
+
+    Raises Refusal for a name that does not exist, and where the run lacks what the criterion needs.
+    """
+    path = path_of(workdir, name)
+    config = config_of(workdir, overrides)
+    check(workdir, name, config)
+    if name == "learned" or is_true(path, workdir, name, config):
+        return path
+    from mpq_jax.criteria.compute import compute
+
+    compute(name, workdir, config)
+    return path
+
+
+def check(workdir: Path, name: str, config: Config) -> None:
+    """Refuses, before anything starts, a criterion whose needs the run's folder does not meet."""
+    _check_settings(config.criteria)
+    needs = set(find(name).needs)
+    train = f"python train.py --config … --workdir {workdir}"
+    joint_sizes = "step_sizes" in find(name).settings and config.criteria.step_sizes == "joint"
+    if "checkpoint" in needs:
+        if config.model.weights:
+            if not Path(config.model.weights).is_file():
+                raise Refusal(f"{name} needs float weights, and {config.model.weights} (model.weights) does not exist")
+        elif (step := latest_step(workdir / "pretrain")) is None or step < config.pretrain.steps:
+            found = "none" if step is None else f"one at step {step} of {config.pretrain.steps}"
+            raise Refusal(
+                f"{name} needs the finished float checkpoint, and {workdir} has {found}; "
+                f"make it with: {train} --float-only"
+            )
+    if "rows" in needs and not rows_file(workdir).is_file():
+        raise Refusal(
+            f"{name} needs the log of joint training's random rows, and {rows_file(workdir)} does not exist; "
+            f"make it with: {train}"
+        )
+    if ("indicators" in needs or joint_sizes) and not (workdir / "importance.json").is_file():
+        raise Refusal(
+            f"{name} needs the learned step sizes, and {workdir / 'importance.json'} does not exist; "
+            f"finish joint training with: {train}; criteria without it: {', '.join(_untrained())}"
+        )
+
+
+def _check_settings(settings: config_lib.Criteria) -> None:
+    if settings.step_sizes not in ("calibrated", "joint"):
+        raise Refusal(f'criteria.step_sizes {settings.step_sizes!r} is not known; choose "calibrated" or "joint"')
+    for name, least in (("samples", 1), ("batch_size", 1), ("hessian_samples", 1), ("max_draws", 2)):
+        if getattr(settings, name) < least:
+            raise Refusal(f"criteria.{name} is {getattr(settings, name)}; give a number from {least}")
+    if not 0 < settings.relative_error < 1:
+        raise Refusal(
+            f"criteria.relative_error is {settings.relative_error:g}; give a share between 0 and 1, e.g. 0.05"
+        )
+
+
+def is_true(path: Path, workdir: Path, name: str, config: Config) -> bool:
+    """Whether the file is there and was made from what is in the folder now, under these settings.
+
+    Raises Refusal for a file that says nothing of what it was made from: it is somebody's own.
+    """
+    if not path.exists():
+        return False
+    about = read_json(path, importances.FORMAT, importances.VERSION, importances.MADE_BY).get("about")
+    if not isinstance(about, dict) or "made_from" not in about:
+        raise Refusal(
+            f"{path} does not say what it was made from; use it as it is with --importance {path}, or move it away"
+        )
+    return about["made_from"] == made_from(workdir, name, config)
+
+
+def made_from(workdir: Path, name: str, config: Config) -> dict[str, Any]:
+    """All that a criterion's table depends on: settings, and digests of the files it is made from. Plain JSON."""
+    criterion = find(name)
+    run, settings = config_lib.to_json(config), config_lib.to_json(config)["criteria"]
+    result: dict[str, Any] = {
+        "config": {section: run[section] for section in SECTIONS},
+        "criteria": {key: settings[key] for key in criterion.settings},
+    }
+    for free in ("data_dir", "workers"):  # where data lie, and how they are read
+        result["config"]["data"].pop(free)
+    files = []
+    if "checkpoint" in criterion.needs:
+        step = latest_step(workdir / "pretrain")
+        files.append(
+            Path(config.model.weights)
+            if config.model.weights
+            else workdir / "pretrain" / str(step) / "_CHECKPOINT_METADATA"
+        )
+    if "rows" in criterion.needs or (uses_log(name) and rows_file(workdir).is_file()):
+        files.append(rows_file(workdir))
+    if "indicators" in criterion.needs or result["criteria"].get("step_sizes") == "joint":
+        files.append(workdir / "importance.json")
+    result["files"] = {file.name: _digest(file) for file in files}
+    return result
+
+
+def uses_log(name: str) -> bool:
+    """Whether alpha is fitted to the random rows, where there are any."""
+    return name in ("initial", "power_law", "constant")
+
+
+def rows_file(workdir: Path) -> Path:
+    return workdir / "joint" / "random_rows.npz"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _untrained() -> list[str]:
+    return [name for name, row in CRITERIA.items() if not {"rows", "indicators"} & set(row.needs)]

@@ -201,7 +201,8 @@ def joint_loss(
     *,
     rngs: Mapping[str, jax.Array] | None = None,
     distill: Distill | None = None,
-    error_weight: float | jax.Array = 0.0,
+    error_weight: float = 0.0,
+    task_weight: float | jax.Array = 1.0,
 ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
     """The sum of the rows' losses (LIMPQ algorithm 1), all rows under one `jax.vmap`.
 
@@ -209,6 +210,7 @@ def joint_loss(
     activations, that reaches step sizes only. After a normalisation layer the task loss hardly depends on a step size
     that clips everything, and hardly at all at high bit-widths; this term tells the two directions apart.
 
+    task_weight: of the rows' own losses in the sum.
     policies: a stack {path: Bits([P], [P])}, or None for the float model (the rows then differ in nothing).
     Returns (sum [], (losses [P], statistics after the batch [P, ...])).
     """
@@ -216,7 +218,7 @@ def joint_loss(
 
     def forward(row, policy):
         variables = {"params": _with_affine(params, row["affine"]), **row["stats"]}
-        with_error = policy is not None and not (isinstance(error_weight, float) and error_weight == 0)
+        with_error = bool(error_weight) and policy is not None
         out = model.apply(
             variables,
             policy,
@@ -233,7 +235,7 @@ def joint_loss(
     losses = jax.vmap(lambda out: task.loss(out, batch))(outputs)
     if distill is not None:
         losses = _distilled(distill, losses, outputs, policies, batch)
-    return (losses + error_weight * errors).sum(), (losses, stats)
+    return (task_weight * losses + error_weight * errors).sum(), (losses, stats)
 
 
 def _distilled(distill: Distill, losses, outputs, policies, batch):
@@ -260,7 +262,8 @@ def make_step(
     same_bits: bool = False,
     rows_at_a_time: int = 0,
     distill: Distill | None = None,
-    error_weight: float | Callable[[jax.Array], jax.Array] = 0.0,
+    error_weight: float = 0.0,
+    error_steps: int = 0,
     average: float = 0.0,
     dropout: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -270,7 +273,8 @@ def make_step(
         the step, so that other policies are no other program; None: one float row.
     random: R rows drawn anew each step from `key` and the state's step number.
     rows_at_a_time: map so many rows at once and accumulate (0: all). Must divide P.
-    error_weight: as in joint_loss; or a function of the step number, as optax schedules are.
+    error_weight: as in joint_loss. error_steps: in the first steps there is nothing but that term. Where step sizes
+        are far off, the task's gradients of early layers grow with every layer behind them and drown it.
     average: decay of the moving average of the parameters (0: none).
     dropout: give the model a "dropout" stream each step (Linen; an NNX model carries its own).
     The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
@@ -280,13 +284,22 @@ def make_step(
         return random_rows(key, model.layers, model.bit_widths, model.activation_bit_widths, random, same_bits)
 
     def gradients(state, policies, batch, rngs):
-        weight = error_weight(state.step) if callable(error_weight) else error_weight
+        task_weight = jnp.where(state.step < error_steps, 0.0, 1.0) if error_weight and error_steps else 1.0
 
         def loss(trained, rows, policies):
             params, affine = trained
             rows = {**rows, "affine": affine}
             return joint_loss(
-                model, task, params, rows, policies, batch, rngs=rngs, distill=distill, error_weight=weight
+                model,
+                task,
+                params,
+                rows,
+                policies,
+                batch,
+                rngs=rngs,
+                distill=distill,
+                error_weight=error_weight,
+                task_weight=task_weight,
             )
 
         return _accumulated(loss, state, policies, rows_at_a_time)

@@ -62,11 +62,6 @@ def schedule(peak: float, steps: int, *, warmup: int = 0, end: float = 0.0) -> C
     return optax.cosine_decay_schedule(peak, max(steps, 1), end / peak if peak else 0.0)
 
 
-def falling(weight: float, steps: int, times: float = 100.0) -> Callable[[Any], Any]:
-    """`weight` from step `steps` on; before, it falls to that from `times` itself, by the same factor each step."""
-    return lambda step: weight * times ** jnp.maximum(0.0, 1 - step / max(steps, 1))
-
-
 def sgd(rate: Any, momentum: float, weight_decay: float, clip: float = 0.0) -> optax.GradientTransformation:
     """SGD with Nesterov's momentum off, weight decay added to the gradient (torch's), gradients clipped by value."""
     parts = [optax.clip(clip)] if clip else []

@@ -239,9 +239,8 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
         same_bits=settings.same_bits,
         rows_at_a_time=settings.rows_at_a_time,
         distill=joint.Distill(settings.distill) if settings.distill else None,
-        error_weight=optimizers.falling(settings.error_weight, min(settings.error_steps, steps // 3))
-        if settings.error_weight
-        else 0.0,
+        error_weight=settings.error_weight,
+        error_steps=min(settings.error_steps, steps // 4),
         average=settings.average,
         dropout=_is_linen(model),
     )

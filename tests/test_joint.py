@@ -211,6 +211,32 @@ LAYERS = (
 )
 
 
+def test_the_first_steps_follow_the_error_alone(net):
+    """Plain SGD's update is the gradient: of the error term at first, of both from `error_steps` on."""
+    quantized, variables = net
+    policies, optimizer = uniform(quantized), optax.sgd(1.0)
+    step = joint.make_step(quantized, TASK, optimizer, error_weight=2.0, error_steps=1)
+    state = joint.init_state(variables, optimizer, 3)
+
+    def total(params, rows, task_weight):
+        options = {"error_weight": 2.0, "task_weight": task_weight}
+        return joint.joint_loss(quantized, TASK, params, rows, policies, BATCH, **options)[0]
+
+    def errors(params, rows):  # the whole less the task's own
+        whole = total(params, rows, 1.0)
+        return whole - joint.joint_loss(quantized, TASK, params, rows, policies, BATCH)[0]
+
+    for expected in (errors, lambda params, rows: total(params, rows, 1.0)):
+        grads = jax.grad(expected)(state.params, state.rows)
+        new, _ = step(state, BATCH, jax.random.key(0), policies)
+        for path, leaf in flax_seam.flatten(state.params).items():
+            moved = np.asarray(leaf - flax_seam.flatten(new.params)[path])
+            np.testing.assert_allclose(moved, flax_seam.flatten(grads)[path], rtol=2e-3, atol=2e-5, err_msg=path)
+            if expected is errors and "step_size" not in path:
+                assert not moved.any()
+        state = new
+
+
 def test_random_rows():
     """Candidates only, ties kept, weights and activations independent, a pure function of the key."""
     rows = joint.random_rows(jax.random.key(0), LAYERS, WIDTHS, WIDTHS, 4000)

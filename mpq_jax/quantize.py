@@ -22,6 +22,7 @@ from mpq_jax.layers import (
     layer_table,
     spec_of,
 )
+from mpq_jax.mixture import mixture, one_hot
 from mpq_jax.numerics import at_bits, wide
 from mpq_jax.quantizers import lsq
 from mpq_jax.rules import Candidates, Rules, check_rules
@@ -139,18 +140,27 @@ def _only(variables: Mapping[str, Any], float_paths: frozenset[str]) -> dict[str
 
 def _values(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
     """leaf -> {"weight": {name: [*stack, K, ...]}, "activation": ..., "bits": Bits([*stack], [*stack])}."""
+    leaves = learned_leaves(specs, variables)
+    return {leaf: {**chosen, "bits": _stack_bits(specs[leaf], policy)} for leaf, chosen in leaves.items()}
+
+
+def learned_leaves(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """leaf -> {"weight": {name: [*stack, K, ...]}, "activation": ...}, of the leaves that are not all in float.
+
+    What `QuantizedModel.walk` takes as values, for handlers that put something else in the place of a layer.
+    Raises Refusal where a layer has none yet.
+    """
     flat = flax_seam.flatten(variables["params"])
     values = {}
     for leaf, spec in specs.items():
         if all(spec.in_float):
             continue
-        chosen: dict[str, Any] = {
+        chosen = {
             kind: {path[len(name) :]: leaf for path, leaf in flat.items() if path.startswith(name)}
             for kind, name in spec.names.items()
         }
         if not all(chosen.values()):
             raise Refusal(f"layer {spec.paths[0]!r} has no step sizes yet; call calibrate(variables, batch) first")
-        chosen["bits"] = _stack_bits(spec, policy)
         values[leaf] = chosen
     return values
 
@@ -164,9 +174,38 @@ def _stack_bits(spec: LayerSpec, policy: Policy) -> Bits:
         return policy[path]
 
     each = [bits_of(path, f) for path, f in zip(spec.paths, spec.in_float, strict=True)]
-    if not spec.stack:
-        return Bits(jnp.asarray(each[0].w, jnp.int32), jnp.asarray(each[0].a, jnp.int32))
-    return Bits(*(jnp.stack([jnp.asarray(b[k], jnp.int32) for b in each]).reshape(spec.stack) for k in range(2)))
+    w = jnp.broadcast_arrays(*(jnp.asarray(b.w, jnp.int32) for b in each))
+    if w[0].ndim and w[0].shape != (spec.channels,):
+        has = spec.channels or "no one number of"
+        raise Refusal(
+            f"layer {spec.paths[0]!r} has {has} output channels, and the policy gives its weights bits of shape "
+            f"{w[0].shape}; give one number a channel, or one for all"
+        )
+    a = jnp.stack([jnp.asarray(b.a, jnp.int32) for b in each])
+    return Bits(jnp.stack(w).reshape(*spec.stack, *w[0].shape), a.reshape(spec.stack))
+
+
+def _weight_grid(quantizer: Quantizer, spec: LayerSpec, leaves, bits, call: Call, weight) -> Callable[..., jax.Array]:
+    """The function that puts a weight on its grid. bits: int32 [], or [C]: each output channel on its own.
+
+    With bits per output channel every width's grid is made of the whole tensor, and each channel takes its own: for
+    any quantizer the same values, and gradients, as the whole layer at that width.
+    """
+
+    def place(value):
+        return _broadcast(value, weight, call.channel_axes)
+
+    if bits.ndim:
+        widths = spec.weight_bit_widths
+        shares = jax.vmap(place)(one_hot(bits, widths))
+
+        def by_channel(x):
+            on_grids = mixture(quantizer.weight, x, leaves, widths, shares, True, place)
+            return jnp.where(shares.any(0), on_grids, jnp.nan)  # as in at_bits
+
+        return by_channel
+    values = {name: place(at_bits(leaf, spec.weight_bit_widths, bits)) for name, leaf in leaves.items()}
+    return functools.partial(quantizer.weight.fake_quant, values=values, bits=bits, signed=True)
 
 
 def _broadcast(value: jax.Array, weight: jax.Array, channel_axes: Sequence[int]) -> jax.Array:
@@ -201,19 +240,14 @@ def _quantizing(
         operands = [lhs, rhs]
         bits: Bits = value["bits"]
         weight, activation = operands[call.weight_side], operands[1 - call.weight_side]
-        w_values = {
-            name: _broadcast(at_bits(v, spec.weight_bit_widths, bits.w), weight, call.channel_axes)
-            for name, v in value["weight"].items()
-        }
         a_values = {name: at_bits(v, spec.activation_bit_widths, bits.a) for name, v in value["activation"].items()}
-
-        weight_grid = functools.partial(quantizer.weight.fake_quant, values=w_values, bits=bits.w, signed=True)
+        weight_grid = _weight_grid(quantizer, spec, value["weight"], bits.w, call, weight)
         activation_grid = functools.partial(
             quantizer.activation.fake_quant, values=a_values, bits=bits.a, signed=spec.signed
         )
         w_hat, a_hat = weight_grid(weight), activation_grid(activation)
         if any(spec.in_float):
-            w_hat, a_hat = jnp.where(bits.w > MAX_BITS, weight, w_hat), jnp.where(bits.a > MAX_BITS, activation, a_hat)
+            w_hat, a_hat = jnp.where(bits.a > MAX_BITS, weight, w_hat), jnp.where(bits.a > MAX_BITS, activation, a_hat)
         operands[call.weight_side], operands[1 - call.weight_side] = w_hat, a_hat
         if not with_error:
             return product(*operands), None

@@ -34,13 +34,39 @@ MOST_MS = 1e12  # thirty years: no measurement, and sums stay far from overflow
 
 
 def layer_bitops(layer: Layer, bits: Bits) -> int:
-    """macs * w * a (LIMPQ section 3.3)."""
-    return layer.macs * bits.w * bits.a
+    """macs * w * a (LIMPQ section 3.3); with bits per output channel, the sum of macs / channels * w * a over them."""
+    return times_weight_bits(layer, layer.macs, bits) * bits.a
 
 
 def layer_size(layer: Layer, bits: Bits) -> int:
-    """Bytes of the packed kernel: ceil(params * w / 8)."""
-    return -(-layer.params * bits.w // 8)
+    """Bytes of the packed kernel: ceil(params * w / 8); of bits per output channel, their sum is rounded up once."""
+    return -(-layer_weight_bits(layer, bits) // 8)
+
+
+def layer_weight_bits(layer: Layer, bits: Bits) -> int:
+    """Bits of the kernel: params * w."""
+    return times_weight_bits(layer, layer.params, bits)
+
+
+def times_weight_bits(layer: Layer, count: int, bits: Bits) -> int:
+    """count * w; or the sum over output channels, each having an equal share of `count` (macs or params): exact.
+
+    Raises Refusal for a list of bits that is not one for each output channel.
+    """
+    if not isinstance(bits.w, Sequence):
+        return count * bits.w
+    check_channels(layer, len(bits.w))
+    return count // len(bits.w) * sum(bits.w)
+
+
+def check_channels(layer: Layer, found: int) -> None:
+    """Raises Refusal unless a list of `found` weight bits can be one for each output channel of the layer."""
+    if layer.channels not in (None, found) or not found or layer.params % found or layer.macs % found:
+        has = f"{layer.channels} output channels" if layer.channels else f"{layer.params} weights, {layer.macs} MACs"
+        raise Refusal(
+            f"layer {layer.path!r} is given weight bits for {found} output channels; it has {has}: "
+            "write one number a channel, or one for all"
+        )
 
 
 def layer_memory(layer: Layer, bits: Bits) -> int:
@@ -165,7 +191,7 @@ KINDS = {
     "size": _Kind(layer_size, "bytes", _size_limit),
     "latency": _Kind(_no_latency, "ms", _latency_limit),
     "memory": _Kind(layer_memory, "bytes", _bytes_limit, largest=True),
-    "wbits": _Kind(lambda layer, bits: layer.params * bits.w, "bits", _mean_limit(_all_params), per=_all_params),
+    "wbits": _Kind(layer_weight_bits, "bits", _mean_limit(_all_params), per=_all_params),
     "abits": _Kind(
         lambda layer, bits: _elements(layer, "inputs") * bits.a, "bits", _mean_limit(_all_inputs), per=_all_inputs
     ),
@@ -266,14 +292,27 @@ def add(terms: Iterable[int | float]) -> int | float:
 
 def used(budget: Budget, policy: Policy, importance: Importance) -> int | float:
     """What a policy spends of a budget: exact for counted costs."""
-    searched = [layer.path for layer in importance.layers if layer.searched]
-    entries = [
-        budget.table[
-            row, importance.bit_widths.index(policy[path].w), importance.activation_bit_widths.index(policy[path].a)
-        ].item()
-        for row, path in enumerate(searched)
-    ]
+    searched = [layer for layer in importance.layers if layer.searched]
+    entries = [_entry(budget, row, layer, policy[layer.path], importance) for row, layer in enumerate(searched)]
     return max([budget.fixed, *entries]) if budget.largest else add([budget.fixed, *entries])
+
+
+def _entry(budget: Budget, row: int, layer: Layer, bits: Bits, importance: Importance) -> int | float:
+    if not isinstance(bits.w, Sequence):
+        i, j = importance.bit_widths.index(bits.w), importance.activation_bit_widths.index(bits.a)
+        return budget.table[row, i, j].item()
+    check_by_channel([budget])
+    return KINDS[budget.name].cost(layer, bits)
+
+
+def check_by_channel(budgets: Iterable[Budget]) -> None:
+    """Raises Refusal for a budget that cannot be told for weight bits per output channel: one of measured latencies."""
+    for budget in budgets:
+        if budget.name == "latency":
+            raise Refusal(
+                f"budget {budget.text} rests on measurements of whole layers, which say nothing of weight bits per "
+                "output channel; use bitops, size, memory, wbits or abits budgets"
+            )
 
 
 def shown(budget: Budget, value: int | float) -> int | float:

@@ -54,7 +54,7 @@ def save_importance(path: str | Path, importance: Importance, about: Mapping[str
 
 def _layer_to_json(layer: Layer) -> dict[str, Any]:
     value = {"path": layer.path, "params": layer.params, "macs": layer.macs, "searched": layer.searched}
-    optional = ("bits", "tied", "inputs", "outputs", "weight_bit_widths", "activation_bit_widths")
+    optional = ("bits", "tied", "inputs", "outputs", "weight_bit_widths", "activation_bit_widths", "channels")
     for name in optional:
         if (item := getattr(layer, name)) is not None:
             value[name] = list(item) if isinstance(item, tuple) else item
@@ -155,6 +155,11 @@ def _layer_from_json(entry: Any, widths, activation_widths, refuse) -> Layer:
         given = entry.get(name)
         if not (_is_count(given) or (given is None and name in ("inputs", "outputs"))):
             raise refuse(f'layer {path!r}: "{name}" is {given!r}; it must be a non-negative integer')
+    channels = entry.get("channels")
+    if channels is not None:
+        whole = _is_count(channels) and channels > 0 and not any(entry[n] % channels for n in ("params", "macs"))
+        if not whole:
+            raise refuse(f'layer {path!r}: "channels" is {channels!r}; it must divide "params" and "macs"')
     if not isinstance(entry.get("searched"), bool):
         raise refuse(f'layer {path!r}: "searched" must be true or false')
     bits = entry.get("bits")
@@ -184,6 +189,7 @@ def _layer_from_json(entry: Any, widths, activation_widths, refuse) -> Layer:
         outputs=entry.get("outputs"),
         weight_bit_widths=own.get("weight_bit_widths"),
         activation_bit_widths=own.get("activation_bit_widths"),
+        channels=channels,
     )
 
 

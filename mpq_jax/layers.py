@@ -27,6 +27,7 @@ class LayerSpec(NamedTuple):
     signed: whether the activations can be negative.
     in_float: per path, whether it is left in float.
     kind: "dense", "conv" or "depthwise".
+    channels: output channels of one layer; None where the calls of the leaf disagree on which axes they are.
     """
 
     leaf: str
@@ -39,6 +40,7 @@ class LayerSpec(NamedTuple):
     signed: bool
     in_float: tuple[bool, ...]
     kind: str
+    channels: int | None
 
 
 class Site(NamedTuple):
@@ -198,7 +200,13 @@ def spec_of(leaf, site: Site, paths, choices, signed, quantizer) -> LayerSpec:
         signed=override if override is not None else not all(c.activation.nonnegative for c in site.calls),
         in_float=tuple(choices[path] == "float" for path in paths),
         kind=_kind(call, site.weight),
+        channels=_channels(site),
     )
+
+
+def _channels(site: Site) -> int | None:
+    axes = {call.channel_axes for call in site.calls}
+    return math.prod(site.weight.shape[i] for i in site.calls[0].channel_axes) if len(axes) == 1 else None
 
 
 def _kind(call: Call, weight: jax.ShapeDtypeStruct) -> str:
@@ -225,13 +233,14 @@ def layer_table(sites, specs, choices, order, batch, default: Candidates, tie: b
     layers = []
     for leaf, i in order:
         spec, site, path = specs[leaf], sites[leaf], specs[leaf].paths[i]
-        choice, macs = choices[path], sum(c.macs * math.prod(c.scans) for c in site.calls) // len(spec.paths)
+        choice, macs = choices[path], sum(c.macs * math.prod(c.scans) for c in site.calls) // len(spec.paths) // batch
+        params, channels = math.prod(site.weight.shape), spec.channels
         searched = isinstance(choice, Candidates)
         layers.append(
             Layer(
                 path=path,
-                params=math.prod(site.weight.shape),
-                macs=macs // batch,
+                params=params,
+                macs=macs,
                 searched=searched,
                 bits=None if searched else Bits(32, 32) if choice == "float" else choice,
                 tied=tied[leaf] + _stack_indices(spec.stack)[i] if tie and searched and leaf in tied else None,
@@ -239,6 +248,7 @@ def layer_table(sites, specs, choices, order, batch, default: Candidates, tie: b
                 outputs=site.outputs // batch,
                 weight_bit_widths=choice.w if searched and choice.w != default.w else None,
                 activation_bit_widths=choice.a if searched and choice.a != default.a else None,
+                channels=None if channels is None or params % channels or macs % channels else channels,
             )
         )
     return tuple(layers)

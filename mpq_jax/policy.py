@@ -7,11 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from mpq_jax.costs import check_channels
 from mpq_jax.files import read_json, write_json
 from mpq_jax.types import Bits, Layer, Policy, Refusal, Solution
 
 FORMAT, VERSION = "mpq-policy", 1
 MADE_BY = "python search.py --workdir … --budget …"
+
+
+def mean_weight_bits(bits: Bits) -> float:
+    """Weight bits of a layer; the mean over its output channels, which all have equally many weights."""
+    return sum(bits.w) / len(bits.w) if isinstance(bits.w, Sequence) else bits.w
+
+
+def text(bits: Bits) -> str:
+    """ "W3A4"; "W2.50A4" for a mean over output channels."""
+    return f"W{mean_weight_bits(bits):.2f}A{bits.a}" if isinstance(bits.w, Sequence) else f"W{bits.w}A{bits.a}"
 
 
 def nearest(bits: int, candidates: Sequence[int]) -> int:
@@ -118,18 +129,25 @@ def validate(
             continue
         if layer.bits is not None and bits != layer.bits:
             raise Refusal(
-                f"{source} gives layer {layer.path!r} W{bits.w}A{bits.a}, but a rule fixes it at "
-                f"W{layer.bits.w}A{layer.bits.a}; write [{layer.bits.w}, {layer.bits.a}]"
+                f"{source} gives layer {layer.path!r} {text(bits)}, but a rule fixes it at "
+                f"{text(layer.bits)}; write [{layer.bits.w}, {layer.bits.a}]"
             )
         if layer.bits is None:
             allowed_w = layer.weight_bit_widths or bit_widths
             allowed_a = layer.activation_bit_widths or activation_bit_widths
-            for kind, value, allowed in (("weight", bits.w, allowed_w), ("activation", bits.a, allowed_a)):
-                if value not in allowed:
-                    raise Refusal(
-                        f"{source} gives layer {layer.path!r} {value} {kind} bits; its candidates are "
-                        f"{', '.join(map(str, allowed))}"
-                    )
+            each = bits.w if isinstance(bits.w, Sequence) else (bits.w,)
+            for kind, values, allowed in (("weight", each, allowed_w), ("activation", (bits.a,), allowed_a)):
+                for value in values:
+                    if value not in allowed:
+                        raise Refusal(
+                            f"{source} gives layer {layer.path!r} {value} {kind} bits; its candidates are "
+                            f"{', '.join(map(str, allowed))}"
+                        )
+            if isinstance(bits.w, Sequence):
+                try:
+                    check_channels(layer, len(bits.w))
+                except Refusal as refusal:
+                    raise Refusal(f"{source}: {refusal}") from None
             if layer.tied is not None:
                 first, a = tied.setdefault(layer.tied, (layer.path, bits.a))
                 if a != bits.a:
@@ -140,7 +158,11 @@ def validate(
 
 
 def save_policy(path: str | Path, solution: Solution, importance_sha256: str) -> None:
-    """Writes a policy.json, whole or not at all."""
+    """Writes a policy.json, whole or not at all.
+
+    "bits": path -> [w, a], or [[w of each output channel], a]. "bound" is null where nothing is proved ("status" is
+    then "feasible", and "objective" the loss that the search measured on held-out data).
+    """
     write_json(
         path,
         {
@@ -176,22 +198,28 @@ def load_policy(
 
 
 def _bits(path: str | Path, name: str, entry: Any) -> Bits:
-    if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list):
-        raise Refusal(
-            f"{path} gives layer {name!r} weight bits per output channel; one number a layer is possible here"
-        )
+    by_channel = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list)
+    each = [*entry[0], entry[1]] if by_channel else entry
     if (
-        not isinstance(entry, list)
-        or len(entry) != 2
-        or not all(isinstance(b, int) and not isinstance(b, bool) for b in entry)
+        not isinstance(each, list)
+        or len(each) < 2
+        or (len(each) > 2 and not by_channel)
+        or not all(isinstance(b, int) and not isinstance(b, bool) for b in each)
     ):
-        raise Refusal(f"{path} gives layer {name!r} {entry!r}; write [weight bits, activation bits], e.g. [3, 4]")
-    return Bits(*entry)
+        raise Refusal(
+            f"{path} gives layer {name!r} {str(entry)[:80]}; write [weight bits, activation bits], e.g. [3, 4], or "
+            "[[weight bits of each output channel], activation bits]"
+        )
+    return Bits(tuple(entry[0]) if by_channel else entry[0], entry[1])
 
 
 def stack(policies: Sequence[Mapping[str, Bits]]) -> dict[str, Bits]:
-    """Policies as one stack {path: Bits(int32 [P], int32 [P])}, NumPy."""
-    return {
-        path: Bits(*(np.array([policy[path][k] for policy in policies], np.int32) for k in range(2)))
-        for path in policies[0]
-    }
+    """Policies as one stack {path: Bits(int32 [P], int32 [P])}, NumPy.
+
+    `w` is [P, C] for a layer that has weight bits per output channel in any of them.
+    """
+
+    def column(values: Sequence[Any]) -> np.ndarray:
+        return np.stack(np.broadcast_arrays(*(np.asarray(value, np.int32) for value in values)))
+
+    return {path: Bits(*(column([policy[path][k] for policy in policies]) for k in range(2))) for path in policies[0]}

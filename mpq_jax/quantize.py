@@ -21,6 +21,7 @@ from mpq_jax.layers import (
     layer_table,
     spec_of,
 )
+from mpq_jax.mixture import mixture, one_hot
 from mpq_jax.numerics import at_bits, wide
 from mpq_jax.quantizers import lsq
 from mpq_jax.rules import Candidates, Rules, check_rules
@@ -137,14 +138,18 @@ def _only(variables: Mapping[str, Any], float_paths: frozenset[str]) -> dict[str
     return {**variables, "params": flax_seam.unflatten(params)}
 
 
-def quantizer_values(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any]) -> dict[str, Any]:
-    """leaf -> {"weight": {name: [*stack, K, ...]}, "activation": ...}: the quantizer's leaves, where there are any."""
+def learned_leaves(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """leaf -> {"weight": {name: [*stack, K, ...]}, "activation": ...}, of the leaves that are not all in float.
+
+    What `QuantizedModel.walk` takes as values, for handlers that put something else in the place of a layer.
+    Raises Refusal where a layer has none yet.
+    """
     flat = flax_seam.flatten(variables["params"])
     values = {}
     for leaf, spec in specs.items():
         if all(spec.in_float):
             continue
-        chosen: dict[str, Any] = {
+        chosen = {
             kind: {path[len(name) :]: leaf for path, leaf in flat.items() if path.startswith(name)}
             for kind, name in spec.names.items()
         }
@@ -156,7 +161,7 @@ def quantizer_values(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any
 
 def _values(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
     """The quantizer's leaves and, beside them, "bits": Bits([*stack], [*stack])."""
-    values = quantizer_values(specs, variables)
+    values = learned_leaves(specs, variables)
     return {leaf: value | {"bits": _stack_bits(specs[leaf], policy)} for leaf, value in values.items()}
 
 
@@ -169,9 +174,15 @@ def _stack_bits(spec: LayerSpec, policy: Policy) -> Bits:
         return policy[path]
 
     each = [bits_of(path, f) for path, f in zip(spec.paths, spec.in_float, strict=True)]
-    if not spec.stack:
-        return Bits(jnp.asarray(each[0].w, jnp.int32), jnp.asarray(each[0].a, jnp.int32))
-    return Bits(*(jnp.stack([jnp.asarray(b[k], jnp.int32) for b in each]).reshape(spec.stack) for k in range(2)))
+    w = jnp.broadcast_arrays(*(jnp.asarray(b.w, jnp.int32) for b in each))
+    if w[0].ndim and w[0].shape != (spec.channels,):
+        has = spec.channels or "no one number of"
+        raise Refusal(
+            f"layer {spec.paths[0]!r} has {has} output channels, and the policy gives its weights bits of shape "
+            f"{w[0].shape}; give one number a channel, or one for all"
+        )
+    a = jnp.stack([jnp.asarray(b.a, jnp.int32) for b in each])
+    return Bits(jnp.stack(w).reshape(*spec.stack, *w[0].shape), a.reshape(spec.stack))
 
 
 def _broadcast(value: jax.Array, weight: jax.Array, channel_axes: Sequence[int]) -> jax.Array:
@@ -188,14 +199,19 @@ Grid = Callable[[jax.Array, Any], jax.Array]
 def grids(
     spec: LayerSpec, quantizer: Quantizer, call: Call, weight: jax.Array, value: Mapping[str, Any]
 ) -> tuple[Grid, Grid]:
-    """The grids of one layer's weight operand and of its activations, as functions (x, bits) -> x_hat.
+    """The grids of one layer's weight operand and of its activations, as functions (x, bits) -> x_hat. Bits of
+    weights are [], or [C], one for each output channel.
 
-    value: the layer's entry of `quantizer_values`, the part of its own place in the stack.
+    value: the layer's entry of `learned_leaves`, the part of its own place in the stack.
     """
 
+    def place(leaf):
+        return _broadcast(leaf, weight, call.channel_axes)
+
     def weight_grid(x, bits):
-        at = {k: at_bits(v, spec.weight_bit_widths, bits) for k, v in value["weight"].items()}
-        at = {k: _broadcast(v, weight, call.channel_axes) for k, v in at.items()}
+        if jnp.ndim(bits):
+            return _by_channel(quantizer, spec, value["weight"], x, bits, place)
+        at = {k: place(at_bits(v, spec.weight_bit_widths, bits)) for k, v in value["weight"].items()}
         return quantizer.weight.fake_quant(x, values=at, bits=bits, signed=True)
 
     def activation_grid(x, bits):
@@ -203,6 +219,18 @@ def grids(
         return quantizer.activation.fake_quant(x, values=at, bits=bits, signed=spec.signed)
 
     return weight_grid, activation_grid
+
+
+def _by_channel(quantizer: Quantizer, spec: LayerSpec, leaves, x: jax.Array, bits: jax.Array, place) -> jax.Array:
+    """A weight with bits [C], each output channel on a grid of its own.
+
+    Every width's grid is made of the whole tensor, and each channel takes its own: for any quantizer the same values,
+    and gradients, as the whole layer at that width.
+    """
+    widths = spec.weight_bit_widths
+    shares = jax.vmap(place)(one_hot(bits, widths))
+    on_grids = mixture(quantizer.weight, x, leaves, widths, shares, True, place)
+    return jnp.where(shares.any(0), on_grids, jnp.nan)  # as in at_bits
 
 
 def _relative_error(on_grid: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -241,7 +269,8 @@ def _quantizing(
         weight_grid, activation_grid = grids(spec, quantizer, call, weight, value)
         w_hat, a_hat = weight_grid(weight, bits.w), activation_grid(activation, bits.a)
         if float_bits or any(spec.in_float):
-            w_hat, a_hat = jnp.where(bits.w > MAX_BITS, weight, w_hat), jnp.where(bits.a > MAX_BITS, activation, a_hat)
+            in_float = _broadcast(bits.w > MAX_BITS, weight, call.channel_axes)
+            w_hat, a_hat = jnp.where(in_float, weight, w_hat), jnp.where(bits.a > MAX_BITS, activation, a_hat)
         operands[call.weight_side], operands[1 - call.weight_side] = w_hat, a_hat
         if not with_error:
             return product(*operands), None

@@ -21,7 +21,8 @@ class Bits(NamedTuple):
     """Bit-widths of one layer: `w` of its weights, `a` of the activations it reads.
 
     Plain integers in a policy that is saved or searched for; int32 arrays ([] for one policy, [P] for a stack) where a
-    policy is traced: bits are data, never a reason to compile again.
+    policy is traced: bits are data, never a reason to compile again. `w` may be a tuple of integers, one for each
+    output channel ([C], [P, C] where traced): one compilation for all such policies, too.
     """
 
     w: Any
@@ -41,6 +42,7 @@ class Layer(NamedTuple):
     searched: whether its bits are to be chosen; if not, `bits` holds them (32, 32 for a layer left in float).
     tied: layers with the same name here read the same tensor, and get the same activation bits.
     inputs, outputs: elements of the layer's input and output for one sample.
+    channels: output channels: how many weight bits a policy with bits per output channel gives the layer.
     weight_bit_widths, activation_bit_widths: the layer's own candidates, where a rule narrowed them.
     """
 
@@ -54,6 +56,7 @@ class Layer(NamedTuple):
     outputs: int | None = None
     weight_bit_widths: tuple[int, ...] | None = None
     activation_bit_widths: tuple[int, ...] | None = None
+    channels: int | None = None
 
 
 class Interaction(NamedTuple):
@@ -117,23 +120,26 @@ class Solution(NamedTuple):
     """What a search found, and how sure it is.
 
     policy: bits of every layer, fixed ones included.
-    objective: importance of the policy; bound: proven lower bound of it over all policies within the budgets.
+    objective: importance of the policy (of a search that measures: its loss on held-out data). bound: proven lower
+    bound of it over all policies within the budgets; None where nothing is proved.
     status: "optimal" (objective equals bound) or "feasible" (the time ran out: the gap is objective - bound).
     seconds: wall-clock from tables in memory to the checked policy.
     used: budget name -> (used, limit), recomputed from the policy in exact arithmetic; mean bits as means.
-    gap: (objective - bound) / |objective|; 0 where optimal.
+    gap: (objective - bound) / |objective|; 0 where optimal, None without a bound.
     """
 
     policy: dict[str, Bits]
     objective: float
-    bound: float
+    bound: float | None
     status: str
     solver: str
     seconds: float
     used: dict[str, tuple[int | float, int | float]]
 
     @property
-    def gap(self) -> float:
+    def gap(self) -> float | None:
+        if self.bound is None:
+            return None
         apart = self.objective - self.bound
         return apart / abs(self.objective) if apart and self.objective else apart
 

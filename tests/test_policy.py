@@ -51,7 +51,7 @@ def test_hand_written(tmp_path):
         ({"layer2": "W2A2"}, "layer2"),
         ({"layer2": [2.0, 2]}, "layer2"),
         ({"layer2": [True, 2]}, "layer2"),
-        ({"layer2": [[2, 3], 2]}, "per output channel"),
+        ({"layer2": [[2, 3], 2]}, "for 2 output channels; it has 1283 weights"),
     ],
 )
 def test_refused_bits(tmp_path, change, words):

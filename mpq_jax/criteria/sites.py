@@ -12,7 +12,7 @@ from mpq_jax import ops
 from mpq_jax.joint import Batch, Task
 from mpq_jax.layers import LayerSpec
 from mpq_jax.numerics import wide
-from mpq_jax.quantize import grids, quantizer_values
+from mpq_jax.quantize import grids, learned_leaves
 from mpq_jax.types import Importance, QuantizedModel, Refusal
 
 KINDS = ("weight", "activation")
@@ -98,7 +98,7 @@ def make_squared_errors(model: QuantizedModel, task: Task):
         }
 
     def errors(variables, batch):
-        values = {leaf: v for leaf, v in quantizer_values(model.specs, variables).items() if leaf in leaves}
+        values = {leaf: v for leaf, v in learned_leaves(model.specs, variables).items() if leaf in leaves}
         inputs = task.inputs(batch)
         taps = model.walk(variables, values, handler, inputs, task.eval_kwargs)[2]
         samples = inputs[0].shape[0]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpq_jax.policy import mean_weight_bits
 from mpq_jax.report.tables import Grid, Report, chosen_bits, searched_layers, searched_pairs
 
 if TYPE_CHECKING:
@@ -56,9 +57,13 @@ def _patches(colours: Sequence[str]) -> list[Any]:
 
 
 def bits_per_layer(report: Report) -> Figure:
-    """Weight and activation bits of the mixed policy over the network; fixed layers in grey, float ones at the top."""
+    """Weight and activation bits of the mixed policy over the network; fixed layers in grey, float ones at the top.
+
+    Of bits per output channel the mean.
+    """
     layers = report.importance.layers
-    bits = np.array([chosen_bits(layer, report.policies["mixed"]) for layer in layers])
+    chosen = [chosen_bits(layer, report.policies["mixed"]) for layer in layers]
+    bits = np.array([(mean_weight_bits(each), each.a) for each in chosen])
     top = int(max(bits[bits <= FLOAT], default=0)) + 1
     heights = np.where(bits > FLOAT, top, bits)
     figure = _figure(len(layers), 4.6)

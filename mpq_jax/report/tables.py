@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpq_jax import costs
+from mpq_jax import costs, policy
 from mpq_jax.types import Bits, Importance, Layer, Policy
 
 
@@ -74,14 +74,14 @@ def searched_pairs(report: Report) -> list[tuple[str, str]]:
     return [(a, b) for a, b in report.depthwise_pairs if a in searched and b in searched]
 
 
-def chosen_bits(layer: Layer, policy: Policy) -> Bits:
+def chosen_bits(layer: Layer, chosen: Policy) -> Bits:
     """A layer's bits in a policy; a fixed layer's are its own."""
-    return layer.bits if layer.bits is not None else policy[layer.path]
+    return layer.bits if layer.bits is not None else chosen[layer.path]
 
 
 def bits_text(bits: Bits) -> str:
-    """ "W3A4", "float"."""
-    return "float" if bits.w > 16 else f"W{bits.w}A{bits.a}"
+    """ "W3A4", "float"; "W2.50A4" for a mean over output channels."""
+    return "float" if policy.mean_weight_bits(bits) > 16 else policy.text(bits)
 
 
 def percent(row: AccuracyRow) -> str:
@@ -147,7 +147,7 @@ def policy_markdown(report: Report) -> str:
     rows = []
     for layer in layers:
         part = 100 * costs.layer_bitops(layer, chosen_bits(layer, mixed)) / everything if everything else 0.0
-        each = [bits_text(chosen_bits(layer, policy)) for policy in report.policies.values()]
+        each = [bits_text(chosen_bits(layer, chosen)) for chosen in report.policies.values()]
         name = f"`{layer.path}`" + ("" if layer.searched else " (fixed)")
         rows.append([name, f"{layer.params:,}", f"{layer.macs:,}", *each, f"{part:.1f}"])
     return markdown_table(["layer", "weights", "MACs", *report.policies, "% of mixed BitOps"], rows)

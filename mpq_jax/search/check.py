@@ -39,7 +39,15 @@ def check(
     alpha: float | None = None,
     time_limit: float = 60.0,
 ) -> Check:
-    """Adds the policy up in exact arithmetic and searches for the best within the same budgets and rules."""
+    """Adds the policy up in exact arithmetic and searches for the best within the same budgets and rules.
+
+    Raises Refusal for a policy with weight bits per output channel, which no table of layers knows.
+    """
+    if by_channel := next((path for path, bits in policy.items() if isinstance(bits.w, Sequence)), None):
+        raise Refusal(
+            f"layer {by_channel!r} has weight bits per output channel, and the importance is one of whole layers; "
+            "measure such a policy with train.py --policy"
+        )
     used = {budget.name: costs.used(budget, policy, importance) for budget in budgets}
     best, why_none = None, ""
     try:

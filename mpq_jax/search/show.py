@@ -6,6 +6,7 @@ import numpy as np
 
 from mpq_jax import costs
 from mpq_jax.importance import reversed_importance, total
+from mpq_jax.policy import text
 from mpq_jax.search.check import Check
 from mpq_jax.search.frontier import Frontier
 from mpq_jax.search.ilp import solve
@@ -16,12 +17,12 @@ from mpq_jax.types import Budget, Importance, Policy, Refusal, Solution
 def table(importance: Importance, policy: Policy) -> str:
     """One line a layer: bits, parameters, BitOps."""
     width = max(len(layer.path) for layer in importance.layers)
-    lines = [f"{'layer':{width}}  bits    {'params':>11}  {'BitOps':>10}"]
+    lines = [f"{'layer':{width}}  bits       {'params':>11}  {'BitOps':>10}"]
     for layer in importance.layers:
         bits = policy[layer.path]
         cost = costs.human(costs.layer_bitops(layer, bits), "BitOps")
         fixed = "" if layer.searched else "  fixed"
-        lines.append(f"{layer.path:{width}}  W{bits.w}A{bits.a:<4} {layer.params:11,}  {cost:>10}{fixed}")
+        lines.append(f"{layer.path:{width}}  {text(bits):9}  {layer.params:11,}  {cost:>10}{fixed}")
     return "\n".join(lines)
 
 
@@ -40,6 +41,7 @@ def achieved(budgets: Sequence[Budget], used: dict[str, tuple[int | float, int |
 
 def certificate(solution: Solution) -> str:
     """The objective, its proven bound, and who proved it."""
+    assert solution.bound is not None and solution.gap is not None
     gap = "" if solution.status == "optimal" else f", gap {100 * solution.gap:.3g} %"
     return (
         f"objective {solution.objective:.6g}, bound {solution.bound:.6g}: {solution.status}{gap} "

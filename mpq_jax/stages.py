@@ -149,7 +149,8 @@ def _summary(names: list[str], losses: np.ndarray) -> str:
     return " ".join(f"{name} {loss:.3f}" for name, loss in zip(names, losses, strict=True))
 
 
-def _steps(settings: Pretrain | Joint | Finetune, run: Run) -> int:
+def steps_of(settings: Pretrain | Joint | Finetune, run: Run) -> int:
+    """Steps of a stage: as given, or so many epochs of the training split."""
     if settings.steps:
         return settings.steps
     return max(1, round(settings.epochs * run.dataset.sizes["train"] / settings.batch_size))
@@ -176,7 +177,7 @@ def pretrain(run: Run) -> Mapping[str, Any]:
     settings = run.config.pretrain
     if run.config.model.weights:
         return run.variables
-    steps = _steps(settings, run)
+    steps = steps_of(settings, run)
     optimizer = optimizers.sgd(
         optimizers.schedule(settings.learning_rate, steps, warmup=min(settings.warmup_steps, steps // 2)),
         settings.momentum,
@@ -212,7 +213,16 @@ def joint_optimizer(model: QuantizedModel, settings: Joint, steps: int) -> optax
         raise Refusal(f'joint.weights {settings.weights!r} is not known; choose "still" or "trained"')
     weights = optax.set_to_zero() if settings.weights == "still" else sgd(settings.clip, settings.weight_decay)
     if settings.step_size_optimizer == "log_adam":
-        rate = optimizers.schedule(settings.step_size_learning_rate, updates, warmup=warmup)
+        alone = error_steps(settings, steps) // settings.accumulate
+        rate = optimizers.schedule(settings.step_size_learning_rate, updates - alone, warmup=warmup)
+        if alone:
+            # Far off at first, near in the end: from any start the task finds step sizes where the error left them.
+            first = optimizers.schedule(
+                settings.error_learning_rate,
+                alone,
+                end=min(settings.step_size_learning_rate, settings.error_learning_rate),
+            )
+            rate = optax.join_schedules([first, rate], [alone])
         # A short memory of the second moment: gradients shrink by orders of magnitude on the way from a bad start.
         step_sizes = optimizers.log_space(optax.adam(rate, b2=0.95))
     elif settings.step_size_optimizer == "sgd":
@@ -223,10 +233,15 @@ def joint_optimizer(model: QuantizedModel, settings: Joint, steps: int) -> optax
     return optax.MultiSteps(optimizer, settings.accumulate) if settings.accumulate > 1 else optimizer
 
 
+def error_steps(settings: Joint, steps: int) -> int:
+    """How many of joint training's first steps follow the quantization error alone: a quarter of all at most."""
+    return min(settings.error_steps, steps // 4) if settings.error_weight else 0
+
+
 def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainState, RowLog]:
     """Joint training from calibrated variables. -> (state, log of the random rows)"""
     settings, model = run.config.joint, run.model
-    steps = _steps(settings, run)
+    steps = steps_of(settings, run)
     optimizer = joint_optimizer(model, settings, steps)
     uniform = joint.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
     widths = sorted({*model.bit_widths, *model.activation_bit_widths})
@@ -240,7 +255,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
         rows_at_a_time=settings.rows_at_a_time,
         distill=joint.Distill(settings.distill) if settings.distill else None,
         error_weight=settings.error_weight,
-        error_steps=min(settings.error_steps, steps // 4),
+        error_steps=error_steps(settings, steps),
         average=settings.average,
         dropout=_is_linen(model),
     )
@@ -307,7 +322,7 @@ class RowLogFile:
 
 
 def _check_finished(run: Run, stage: str, settings: Pretrain | Joint) -> None:
-    step, steps = latest_step(run.workdir / stage) or 0, _steps(settings, run)
+    step, steps = latest_step(run.workdir / stage) or 0, steps_of(settings, run)
     if step < steps:
         raise Refusal(
             f"{run.workdir / stage} stands at step {step} of {steps}; finish it with: python train.py --config … "
@@ -342,7 +357,7 @@ def finetuner(run: Run, teacher: Mapping[str, Any]) -> Callable[..., Mapping[str
     start: variables with step sizes. teacher: the float variables, for distillation.
     """
     settings, model = run.config.finetune, run.model
-    steps = _steps(settings, run)
+    steps = steps_of(settings, run)
     updates = max(1, steps // settings.accumulate)
     warmup = min(settings.warmup_steps, updates // 2)
     step_sizes = optax.adam(optimizers.schedule(settings.step_size_learning_rate, updates, warmup=warmup))

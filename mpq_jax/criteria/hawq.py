@@ -136,7 +136,7 @@ def eigenvalues(
     parts = [[batch] for batch in batches] if per_sample else [batches]
     result = {}
     for row, path in enumerate(sites.searched_paths(model)):
-        mask = mask_of(model, path, shapes, kind)
+        mask = jax.device_put(mask_of(model, path, shapes, kind))
         found, sizes = [], []
         for number, part in enumerate(parts):
             groups = samples_of(part[0]) if per_sample else 1

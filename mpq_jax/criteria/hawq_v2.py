@@ -101,14 +101,19 @@ def traces(
     """
     loss = perturbed_loss(model, task, kind)
     shapes = hessian.perturbation(model, task, variables, batches[0], kind)
-    draw = jax.jit(lambda variables, mask, key, batch: quadratic_draw(loss, zeros(shapes), mask, key, variables, batch))
+
+    @jax.jit
+    def draw(variables, mask, key, i, batch):
+        return quadratic_draw(loss, zeros(shapes), mask, jax.random.fold_in(key, i), variables, batch)
+
+    batches = jax.device_put(batches)
     result = {}
     for row, path in enumerate(sites.searched_paths(model)):
-        mask = mask_of(model, path, shapes, kind)
+        mask = jax.device_put(mask_of(model, path, shapes, kind))
         key = jax.random.fold_in(jax.random.key(seed), row)
 
         def at(i, mask=mask, key=key):
-            return draw(variables, mask, jax.random.fold_in(key, i), batches[i % len(batches)])
+            return draw(variables, mask, key, np.uint32(i), batches[i % len(batches)])
 
         result[path] = mean_of_draws(at, relative_error, max_draws)
     return result

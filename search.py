@@ -3,6 +3,7 @@
 python search.py --budget bitops=W3A4                              the newest run under runs/
 python search.py --workdir runs/digits --budget bitops=W3A4 --budget size=12.2x
 python search.py --importance importance.json --budget bitops=55.3G
+python search.py --workdir runs/digits --budget bitops=W3A4 --method evolution [--evaluations 200]
 python search.py --config configs/digits.py --describe [--json]
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpq_jax.config import Parser
+from mpq_jax.search import methods
 from mpq_jax.types import Refusal
 
 OPTIONS = [
@@ -26,6 +28,10 @@ OPTIONS = [
     "--latency",
     "--time-limit",
     "--random",
+    "--method",
+    "--evaluations",
+    "--seconds",
+    "--seed",
     "--config",
     "--describe",
     "--json",
@@ -50,12 +56,18 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--latency", type=Path, help="latency.json, for a latency budget")
     add("--time-limit", type=float, default=60.0, help="seconds of wall-clock for the solver (default 60)")
     add("--random", type=int, default=20, help="random policies shown beside (default 20)")
+    add("--method", choices=methods.METHODS, default="ilp", help="ilp proves the least importance; the others measure")
+    add("--evaluations", type=int, help="of a method that measures: policies measured at most")
+    add("--seconds", type=float, help="of a method that measures: seconds after which it stops")
+    add("--seed", type=int, help="of a method that measures (default 0)")
     add("--config", type=Path, help="with --describe: the config whose model is described")
     add("--describe", action="store_true", help="layers, parameters, MACs and uniform costs; no data, no training")
     add("--json", action="store_true", help="with --describe: JSON and nothing else")
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, methods.help_text()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.json and not arguments.describe:
         raise Refusal("--json goes with --describe; leave it out, or add --describe --config …")
+    rest = methods.check(arguments, rest)
     if rest and not (arguments.describe and arguments.config):
         near = difflib.get_close_matches(rest[0].partition("=")[0], OPTIONS, n=1, cutoff=0.0)
         raise Refusal(f"unknown option {rest[0]}; the nearest is {near[0]} (search.py --help lists all)")
@@ -130,6 +142,10 @@ def search(arguments: argparse.Namespace) -> None:
     budgets = costs.parse_budgets(
         arguments.budget, importance.layers, importance.bit_widths, importance.activation_bit_widths, latency
     )
+    if arguments.method != "ilp":
+        from mpq_jax.search import run
+
+        return run.command(arguments, path, importance, budgets, out)
     importance, outliers = importances.repair(importance)
     for layer, kind, bits in outliers:
         print(f"repaired: {kind} importance of {layer} at {bits} bits lay below that of more bits")

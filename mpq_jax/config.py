@@ -185,7 +185,7 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
             if not rest:
                 raise Refusal(f"option --{key} needs a value, e.g. --{key} {_text(known[key][1]) or 'X'}")
             value = rest.pop(0)
-        changes[key] = _parse(key, known[key][0], value)
+        changes[key] = parse_value(key, known[key][0], value)
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
         if section:
@@ -197,7 +197,8 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
     return config
 
 
-def _parse(key: str, kind: Any, text: str) -> Any:
+def parse_value(key: str, kind: Any, text: str) -> Any:
+    """The value of option --key from its text. Raises Refusal where it is not of the type `kind`."""
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
@@ -244,6 +245,23 @@ def add_help(parser: argparse.ArgumentParser, config: Config | None = None) -> N
 def to_json(config: Config) -> dict[str, Any]:
     """Plain JSON values, section by section."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(value: dict[str, Any]) -> Config:
+    """The config that `to_json` gave. Raises TypeError or KeyError for anything else."""
+
+    def rebuilt(kind: Any, given: dict[str, Any]) -> Any:
+        fields = {}
+        for name, inner in get_type_hints(kind).items():
+            item = given[name]
+            if dataclasses.is_dataclass(inner):
+                item = rebuilt(inner, item)
+            fields[name] = tuple(item) if get_origin(inner) is tuple else item
+        if unknown := set(given) - set(fields):
+            raise KeyError(min(unknown))
+        return kind(**fields)
+
+    return rebuilt(Config, value)
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any], sections: Sequence[str]) -> list[str]:

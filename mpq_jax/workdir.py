@@ -35,6 +35,16 @@ def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> None:
         raise Refusal(f"{workdir} is another run's ({shown}{more}); choose another --workdir, or the same options")
 
 
+def load_config(workdir: Path) -> config_lib.Config:
+    """The settings that the run in this folder was made with. Raises Refusal where it holds none."""
+    made_by = "python train.py --config … --workdir …"
+    saved = read_json(workdir / "config.json", "mpq-run", 1, made_by).get("config", {})
+    try:
+        return config_lib.from_json(saved)
+    except (TypeError, KeyError, AttributeError):
+        raise Refusal(f"{workdir / 'config.json'} is of another version of this program; train again") from None
+
+
 def check_policy(workdir: Path, policy: str | Path) -> None:
     """Refuses a policy that is not of this run's model, before JAX is imported."""
     from mpq_jax.importance import load_importance

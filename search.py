@@ -5,6 +5,7 @@ python search.py --workdir runs/digits --budget bitops=W3A4 --budget size=12.2x
 python search.py --importance importance.json --budget bitops=55.3G --rule "attn=4,8|8,8"
 python search.py --workdir runs/digits --frontier 64 [--budget size=W4]
 python search.py --workdir runs/digits --policy edited.json --check
+python search.py --workdir runs/digits --budget bitops=W3A4 --method evolution [--evaluations 200]
 python search.py --import-limpq indicators.pkl --config configs/imagenet_resnet50.py --budget bitops=W3A4
 python search.py --config configs/digits.py --describe [--json]
 """
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 from mpq_jax.config import Parser
 from mpq_jax.files import check_out
+from mpq_jax.search import methods
 from mpq_jax.types import Refusal
 
 
@@ -64,9 +66,14 @@ def make_parser() -> Parser:
     )
     add("--time-limit", type=float, default=60.0, help="seconds of wall-clock for the solver (default 60)")
     add("--random", type=int, default=20, help="random policies shown beside (default 20)")
+    add("--method", choices=methods.METHODS, default="ilp", help="ilp proves the least importance; the others measure")
+    add("--evaluations", type=int, help="of a method that measures: policies measured at most")
+    add("--seconds", type=float, help="of a method that measures: seconds after which it stops")
+    add("--seed", type=int, help="of a method that measures (default 0)")
     add("--config", type=Path, help="with --describe and --import-limpq: the config of the model")
     add("--describe", action="store_true", help="layers, parameters, MACs and uniform costs; no data, no training")
     add("--json", action="store_true", help="with --describe: JSON and nothing else")
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, methods.help_text()
     return parser
 
 
@@ -76,6 +83,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     arguments, rest = parser.parse_known_args(argv)
     if arguments.json and not arguments.describe:
         raise Refusal("--json goes with --describe; leave it out, or add --describe --config …")
+    rest = methods.check(arguments, rest)
     settings = [word for word in rest if word.startswith("--criteria.") or not word.startswith("--")]
     allowed = rest if arguments.config else settings if arguments.criterion else []
     if strange := [word for word in rest if word not in allowed]:
@@ -102,6 +110,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if arguments.import_limpq and not arguments.config:
         raise Refusal(
             "--import-limpq needs the model's layers; add --config, e.g. --config configs/imagenet_resnet50.py"
+        )
+    if arguments.method != "ilp" and (arguments.criterion or arguments.frontier or arguments.check or arguments.psd):
+        raise Refusal(
+            f"--method {arguments.method} measures policies; --criterion, --frontier, --check and --psd go with ilp"
         )
     if arguments.criterion and (arguments.importance or arguments.import_limpq):
         raise Refusal("--criterion names a table of a run, --importance and --import-limpq a table itself; give one")
@@ -162,7 +174,7 @@ def load_table(arguments: argparse.Namespace, path: Path) -> Table:
     if importance.pair is not None:
         if alpha is not None:
             raise Refusal(f"{path} holds a pair table, which has no alpha; leave --alpha out")
-    else:
+    elif arguments.method == "ilp":
         fitted = "fitted in training" if importance.alpha is not None else "1: the file has none"
         print(f"alpha: {alpha or importance.alpha or 1.0:g} ({'as given' if alpha is not None else fitted})")
     if rules:
@@ -243,6 +255,10 @@ def search(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     check_out(out, (path, arguments.latency))
     table = load_table(arguments, path)
     budgets = parse_budgets(arguments, table.importance, arguments.budget) if arguments.budget else []
+    if arguments.method != "ilp":
+        from mpq_jax.search import run
+
+        return run.command(arguments, path, table.importance, budgets, out)
     if budgets:
         check_budgets(table, budgets, walked=arguments.frontier is not None)
     # Only now: what can be refused has been.

@@ -209,7 +209,7 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
             if not rest:
                 raise Refusal(f"option --{key} needs a value, e.g. --{key} {_text(known[key][1]) or 'X'}")
             value = rest.pop(0)
-        changes[key] = _parse(key, known[key][0], value)
+        changes[key] = parse_value(key, known[key][0], value)
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
         if section:
@@ -232,7 +232,8 @@ def refuse_misspelt(arguments: Sequence[str], own: Sequence[str], program: str) 
                 raise Refusal(f"unknown option {name}; the nearest is {near[0]} ({program} --help lists all)")
 
 
-def _parse(key: str, kind: Any, text: str) -> Any:
+def parse_value(key: str, kind: Any, text: str) -> Any:
+    """The value of option --key from its text. Raises Refusal where it is not of the type `kind`."""
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]

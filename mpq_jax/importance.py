@@ -32,7 +32,7 @@ def save_importance(path: str | Path, importance: Importance, about: Mapping[str
         "criterion": importance.criterion,
         "alpha": importance.alpha,
         "bit_widths": list(importance.bit_widths),
-        "layers": [_layer_to_json(layer) for layer in importance.layers],
+        "layers": [layer_to_json(layer) for layer in importance.layers],
     }
     if importance.rules:
         value["rules"] = list(importance.rules)
@@ -52,7 +52,8 @@ def save_importance(path: str | Path, importance: Importance, about: Mapping[str
     write_json(path, value)
 
 
-def _layer_to_json(layer: Layer) -> dict[str, Any]:
+def layer_to_json(layer: Layer) -> dict[str, Any]:
+    """One entry of "layers"."""
     value = {"path": layer.path, "params": layer.params, "macs": layer.macs, "searched": layer.searched}
     optional = ("bits", "tied", "inputs", "outputs", "weight_bit_widths", "activation_bit_widths", "channels")
     for name in optional:

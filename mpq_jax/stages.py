@@ -78,17 +78,19 @@ class Recorder(NamedTuple):
 def train(
     run: Run,
     stage: str,
-    state: joint.TrainState,
+    state: Any,
     step: Callable[..., Any],
     steps: int,
     batches: Callable[[int], Iterable[Any]],
     row_names: list[str],
     fixed: Mapping[str, Bits] | None = None,
     recorder: Recorder | None = None,
-) -> joint.TrainState:
-    """Runs a compiled `step` until `steps`, from the newest checkpoint of the stage if there is one.
+    stop: Callable[[], bool] = lambda: False,
+) -> Any:
+    """Runs a compiled `step` until `steps`, from the newest checkpoint of the stage if there is one. -> state
 
-    step: joint's step, from `compile_step`; it consumes its state. fixed: its rows that stay.
+    step: joint's step, or another of its signature, from `compile_step`; it consumes its state. fixed: its rows that
+    stay. stop: whether to end after this step, with a checkpoint.
     batches(first_step) -> batches from that step on. Losses are looked at every `log_every` steps and before every
     checkpoint, so that a checkpoint never holds a state that followed a loss that was not finite.
     Raises Refusal at such a loss, naming row and step.
@@ -102,7 +104,7 @@ def train(
         first, state = found if found else (0, state)
         if recorder:
             recorder.load(first)
-        if first >= steps:
+        if first >= steps or stop():
             return state
         pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         stream = iter(batches(first))
@@ -110,7 +112,7 @@ def train(
             for i in bar:
                 state, metrics = step(state, next(stream), key, fixed)
                 pending.append((i, metrics))
-                last = i + 1 == steps
+                last = i + 1 == steps or stop()
                 due = last or (i + 1) % config.checkpoint_every == 0
                 if due or (i + 1) % config.log_every == 0:
                     latest = _settle(pending, row_names, stage, directory, recorder)
@@ -120,6 +122,8 @@ def train(
                     if recorder:
                         recorder.flush()
                     checkpoint.save(manager, i + 1, state)
+                if last:
+                    break
     return state
 
 
@@ -136,9 +140,10 @@ def _settle(pending, row_names, stage: str, directory: Path, recorder: Recorder 
         losses.append(fetched["losses"])
         if not np.isfinite(fetched["losses"]).all():
             row = row_names[int(np.flatnonzero(~np.isfinite(fetched["losses"]))[0])]
+            option = stage.split("/")[0].removeprefix("search_")
             raise Refusal(
                 f"the loss of row {row} is not finite at step {i} of {stage}; the last good checkpoint is "
-                f"kept in {directory}; lower the learning rate (--{stage.split('/')[0]}.learning_rate) and start again"
+                f"kept in {directory}; lower the learning rate (--{option}.learning_rate) and start again"
             )
         if recorder:
             recorder.add(i, fetched)
@@ -350,14 +355,8 @@ def finished_joint(run: Run, start: Mapping[str, Any]) -> Mapping[str, Any]:
 # ---- fine-tuning --------------------------------------------------------------------------------------------------
 
 
-def finetuner(run: Run, teacher: Mapping[str, Any]) -> Callable[..., Mapping[str, Any]]:
-    """finetune(stage, name, policy, start) -> variables: trains one policy, with statistics re-estimated at the end.
-
-    All policies share one compilation. stage: part of the checkpoint's path. name: shown while it runs.
-    start: variables with step sizes. teacher: the float variables, for distillation.
-    """
-    settings, model = run.config.finetune, run.model
-    steps = steps_of(settings, run)
+def finetune_optimizer(model: QuantizedModel, settings: Finetune, steps: int) -> optax.GradientTransformation:
+    """SGD for the weights, Adam on the logarithms of the step sizes, both warmed up and then cosine."""
     updates = max(1, steps // settings.accumulate)
     warmup = min(settings.warmup_steps, updates // 2)
     step_sizes = optax.adam(optimizers.schedule(settings.step_size_learning_rate, updates, warmup=warmup))
@@ -370,8 +369,18 @@ def finetuner(run: Run, teacher: Mapping[str, Any]) -> Callable[..., Mapping[str
         ),
         optimizers.log_space(step_sizes),
     )
-    if settings.accumulate > 1:
-        optimizer = optax.MultiSteps(optimizer, settings.accumulate)
+    return optax.MultiSteps(optimizer, settings.accumulate) if settings.accumulate > 1 else optimizer
+
+
+def finetuner(run: Run, teacher: Mapping[str, Any]) -> Callable[..., Mapping[str, Any]]:
+    """finetune(stage, name, policy, start) -> variables: trains one policy, with statistics re-estimated at the end.
+
+    All policies share one compilation (those with weight bits per output channel another). stage: part of the checkpoint's path. name: shown while it runs.
+    start: variables with step sizes. teacher: the float variables, for distillation.
+    """
+    settings, model = run.config.finetune, run.model
+    steps = steps_of(settings, run)
+    optimizer = finetune_optimizer(model, settings, steps)
     task = joint.classification(settings.label_smoothing)
     distill = joint.Distill(settings.distill, "given") if settings.distill else None
     step = joint.make_step(model, task, optimizer, distill=distill, average=settings.average, dropout=_is_linen(model))
@@ -422,13 +431,18 @@ def reestimated(run: Run, params: Any, stats: Any, policies: Mapping[str, Bits] 
 
 
 def evaluate(
-    run: Run, params: Any, stats: Any, policies: Mapping[str, Bits] | None, split: str
+    run: Run,
+    params: Any,
+    stats: Any,
+    policies: Mapping[str, Bits] | None,
+    split: str,
+    limit: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(mean losses [P], accuracies [P]) of P rows on a whole split."""
+    """(mean losses [P], accuracies [P]) of P rows on a split: all of it, or its first `limit` examples."""
     losses: Any = 0.0
     right: Any = 0
     examples = 0
-    for batch in data.eval_batches(run.dataset, split, run.config.eval_batch_size):
+    for batch in data.eval_batches(run.dataset, split, run.config.eval_batch_size, limit=limit):
         loss, correct, count = run.evaluate(params, stats, policies, batch)
         losses, right, examples = (
             losses + np.asarray(loss, np.float64),

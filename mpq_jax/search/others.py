@@ -93,6 +93,11 @@ def random_policies(
     return found
 
 
+def random_fitting(problem: Problem, rng: np.random.Generator, tries: int = 200) -> np.ndarray | None:
+    """picks [L] drawn uniformly, then moved by random single changes until every budget holds; None after `tries`."""
+    return next((picks for _ in range(tries) if (picks := _towards(problem, rng, None, 0.0)) is not None), None)
+
+
 def _drawn(problem: Problem, rng: np.random.Generator) -> np.ndarray:
     """picks [L], each row's drawn uniformly from what it may have; tied rows draw their activation bits together."""
     picks = np.array([rng.choice(np.flatnonzero(allowed)) for allowed in problem.allowed])

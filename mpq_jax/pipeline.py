@@ -105,9 +105,9 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
     if config.finetune.compare and budgets:
         contestants = [*_compared(table, budgets, config), *contestants]
     finetune = stages.finetuner(run, float_variables)
-    starts = _starts(run, joint_state, start)
+    beginning = starts(run, joint_state, start)
     trained = {
-        name: [finetune(_stage_of(config, each), name, each, starts) for each in group] for name, group in contestants
+        name: [finetune(stage_of(config, each), name, each, beginning) for each in group] for name, group in contestants
     }
     # The test set is read here, after every decision has been made.
     loss, accuracy = _evaluated(run, float_variables, None, "test")
@@ -149,7 +149,7 @@ def _compared(table: Importance, budgets: Sequence[Budget], config: Config) -> l
     return found
 
 
-def _starts(run: stages.Run, joint_state: joint.TrainState | None, calibrated: Mapping[str, Any]) -> Mapping[str, Any]:
+def starts(run: stages.Run, joint_state: joint.TrainState | None, calibrated: Mapping[str, Any]) -> Mapping[str, Any]:
     """Where fine-tuning starts: the joint model, or the float one with step sizes started anew."""
     if run.config.finetune.start == "joint" and joint_state is not None:
         # Of the rows, the last saw mixed policies: its statistics and its own affine copies are the nearest.
@@ -159,7 +159,7 @@ def _starts(run: stages.Run, joint_state: joint.TrainState | None, calibrated: M
     raise Refusal(f'finetune.start {run.config.finetune.start!r} is not known; choose "joint" or "float"')
 
 
-def _stage_of(config: Config, chosen: Policy) -> str:
+def stage_of(config: Config, chosen: Policy) -> str:
     """A folder's name for one policy under these settings: others never resume from it."""
     settings = json.dumps(dataclasses.asdict(config.finetune), sort_keys=True)
     bits = json.dumps({path: list(b) for path, b in chosen.items()}, sort_keys=True)

@@ -96,8 +96,10 @@ def allowed_pairs(importance: Importance) -> np.ndarray:
     """
     searched = [layer for layer in importance.layers if layer.searched]
     widths, activation_widths = importance.bit_widths, importance.activation_bit_widths
-    allowed = np.zeros((len(searched), len(widths), len(activation_widths)), bool)
+    allowed = np.ones((len(searched), len(widths), len(activation_widths)), bool)
     for row, layer in enumerate(searched):
+        if layer.weight_bit_widths is None and layer.activation_bit_widths is None:
+            continue
         w = np.isin(widths, layer.weight_bit_widths or widths)
         a = np.isin(activation_widths, layer.activation_bit_widths or activation_widths)
         allowed[row] = w[:, None] & a

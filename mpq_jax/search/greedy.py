@@ -6,7 +6,7 @@ from mpq_jax.search.dual import Dual
 from mpq_jax.search.problem import Problem
 
 
-def incumbent(problem: Problem, dual: Dual, tries: int = 8) -> np.ndarray | None:
+def incumbent(problem: Problem, dual: Dual, tries: int = 3) -> np.ndarray | None:
     """The best of the dual's own policies, each repaired until it fits. -> picks [L], or None"""
     rows = np.arange(len(problem.paths))
     repaired = (repair(problem, picks) for picks in dual.picks[-tries:])

@@ -177,7 +177,7 @@ def _widen(progress: Progress, nodes: int, deadline: float) -> None:
     # No policy at all lies further above the bound.
     highest = float(np.where(problem.allowed, problem.value, -np.inf).max(1).sum()) - dual.bound + progress.slack
     scale = min(progress.gap, highest)
-    gap, factor, power, before = max(scale / 128, dual.rounding), 4.0, 6.0, 0
+    gap, factor, power, before = max(scale / 32, dual.rounding), 4.0, 6.0, 0
     while nodes > 0:
         gap = min(gap, progress.gap + progress.slack, highest)
         found = branch(problem, dual, gap, nodes=nodes, deadline=deadline)

@@ -142,15 +142,16 @@ def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None
     sums = [budget for budget in budgets if not budget.largest]
     groups = shared_groups(importance)
     members = [[searched[i].path for i in group] for group in groups]
-    _check_left(
-        np.array([allowed[group].all(0) for group in groups]), members, "the rules and candidates leave no bits"
-    )
     kw, ka = len(importance.bit_widths), len(importance.activation_bit_widths)
 
-    def summed(values: np.ndarray) -> np.ndarray:
-        return np.array([values[group].sum(0) for group in groups]).reshape(len(groups), kw * ka)
+    alone = len(groups) == len(searched)
 
-    own = np.array([allowed[group].all(0) for group in groups]).reshape(len(groups), kw * ka)
+    def summed(values: np.ndarray) -> np.ndarray:
+        return (values if alone else np.array([values[group].sum(0) for group in groups])).reshape(len(groups), kw * ka)
+
+    together = allowed if alone else np.array([allowed[group].all(0) for group in groups])
+    own = together.reshape(len(groups), kw * ka)
+    _check_left(own, members, "the rules and candidates leave no bits")
     problem = Problem(
         paths=tuple(tuple(paths) for paths in members),
         w=np.repeat(importance.bit_widths, ka),

@@ -42,10 +42,11 @@ def test_no_best_to_compare_with():
 
 
 def test_broken_rules():
-    rules = ("layer0=w3+", "layer[12]=share", "layer3=equal", "layer=2/3/4")
+    rules = ("layer0=w3+", "layer[12]=share", "layer3=equal", "layer=2/3/4", "layer[01]=share a")
     importance = made(2)._replace(rules=rules)
     policy = {ly.path: ly.bits or Bits(3, 3) for ly in importance.layers}
     assert broken_rules(importance, policy) == ()
+    assert broken_rules(importance, policy | {"layer0": Bits(4, 4)}) == (("layer[01]=share a", "layer1"),)
     policy |= {"layer0": Bits(2, 3), "layer2": Bits(3, 4), "layer3": Bits(4, 3)}
     assert broken_rules(importance, policy) == (
         ("layer0=w3+", "layer0"),

@@ -98,6 +98,19 @@ def test_share_with_ties_equals_brute_force():
         assert solve(importance, budgets).objective == pytest.approx(best)
 
 
+def test_share_activations_alone_equals_brute_force():
+    """With a tie that the table has, they are one group; weight bits stay free."""
+    for seed in range(4):
+        importance = made(seed, tied=True)._replace(rules=("layer[12]=share a",))
+        budgets = budgets_of(importance, "bitops=W3A3", "size=W3")
+        best, _ = best_by_force(importance, budgets, allowed=lambda policy: policy["layer1"].a == policy["layer2"].a)
+        found = solve(importance, budgets)
+        assert found.objective == pytest.approx(best)
+        assert len({found.policy[f"layer{i}"].a for i in range(3)}) == 1
+        for policy in random_policies(importance, budgets, 3, within=0.3):
+            assert len({policy[f"layer{i}"].a for i in range(3)}) == 1
+
+
 @pytest.mark.parametrize(
     "rules, words",
     [

@@ -4,11 +4,9 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from mpq_jax import costs
 from mpq_jax.importance import total
-from mpq_jax.search.constraints import parse_rule, shared_groups
+from mpq_jax.search.constraints import bound_by, parse_rule
 from mpq_jax.search.ilp import solve
 from mpq_jax.types import Budget, Importance, Policy, Refusal, Solution
 
@@ -74,7 +72,9 @@ def broken_rules(importance: Importance, policy: Policy) -> tuple[tuple[str, str
                 (rule.text, path) for path in searched if re.search(rule.pattern, path) and not rule.pair(*policy[path])
             ]
             continue
-        for group in shared_groups(importance._replace(rules=(rule.text,))):
-            paths = np.array(searched)[group].tolist()
-            broken += [(rule.text, path) for path in paths[1:] if policy[path] != policy[paths[0]]]
+        for group in bound_by(rule, searched):
+            paths = [searched[row] for row in group]
+            first = policy[paths[0]]
+            same = (lambda bits, first=first: bits.a == first.a) if rule.shared == "a" else first.__eq__
+            broken += [(rule.text, path) for path in paths[1:] if not same(policy[path])]
     return tuple(broken)

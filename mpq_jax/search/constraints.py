@@ -6,6 +6,7 @@
   REGEX=not w2/3       any but these                     REGEX=equal         weight and activation bits equal
   REGEX=share          layers that match get the same bits; with groups in the regex, those whose groups match alike,
                        e.g. "(block\\d+)/attn/(?:query|key|value)=share"
+  REGEX=share a        the same of activation bits alone, as for layers that read one tensor
 
 All rules that match a layer hold together.
 """
@@ -19,16 +20,20 @@ import numpy as np
 from mpq_jax.rules import check_rules
 from mpq_jax.types import Importance, Refusal
 
-FORMS = '"8,8", "4,4|4,8|8,8", "w2/4/8,a4/8", "4/8", "w4+", "4-", "not w2", "equal" or "share"'
+FORMS = '"8,8", "4,4|4,8|8,8", "w2/4/8,a4/8", "4/8", "w4+", "4-", "not w2", "equal", "share" or "share a"'
 _LIST = r"\d{1,2}(?:/\d{1,2})*"
 
 
 class Rule(NamedTuple):
-    """pattern: a regex over layer paths. pair(w, a) -> whether bits are allowed; None: the layers share bits."""
+    """pattern: a regex over layer paths. pair(w, a) -> whether bits are allowed; None: the layers share bits.
+
+    shared: which bits, where they share: "wa" or "a".
+    """
 
     pattern: str
     pair: Callable[[int, int], bool] | None
     text: str
+    shared: str = ""
 
 
 def parse_rule(text: str) -> Rule:
@@ -41,8 +46,8 @@ def parse_rule(text: str) -> Rule:
     except re.error as error:
         raise Refusal(f"rule {text!r}: {pattern!r} is not a regular expression: {error}") from None
     value = value.strip()
-    if value == "share":
-        return Rule(pattern, None, text)
+    if value in ("share", "share a"):
+        return Rule(pattern, None, text, "wa" if value == "share" else "a")
     pair = _pair(value)
     if pair is None:
         raise Refusal(f"rule {text!r} is not understood; its value {value!r} must be like {FORMS}")
@@ -125,14 +130,34 @@ def shared_groups(importance: Importance) -> list[list[int]]:
     searched = [layer.path for layer in importance.layers if layer.searched]
     group_of = list(range(len(searched)))
     for rule in map(parse_rule, importance.rules):
-        if rule.pair is not None:
-            continue
-        first: dict[tuple[str | None, ...], int] = {}
-        for row, path in enumerate(searched):
-            if found := re.search(rule.pattern, path):
-                key = group_of[first.setdefault(found.groups(), row)]
-                group_of = [key if g == group_of[row] else g for g in group_of]
+        if rule.shared == "wa":
+            for members in bound_by(rule, searched):
+                key = group_of[members[0]]
+                joined = {group_of[row] for row in members}
+                group_of = [key if g in joined else g for g in group_of]
     groups: dict[int, list[int]] = {}
     for row, g in enumerate(group_of):
         groups.setdefault(g, []).append(row)
     return list(groups.values())
+
+
+def tied_names(importance: Importance) -> list[list[str]]:
+    """For each searched layer, names that it shares with the layers whose activation bits are its own: of the tensor
+    that it reads, and of "share a" rules."""
+    searched = [layer for layer in importance.layers if layer.searched]
+    names = [[layer.tied] if layer.tied is not None else [] for layer in searched]
+    for rule in map(parse_rule, importance.rules):
+        if rule.shared == "a":
+            for number, members in enumerate(bound_by(rule, [layer.path for layer in searched])):
+                for row in members:
+                    names[row].append(f"{rule.text} {number}")
+    return names
+
+
+def bound_by(rule: Rule, paths: Sequence[str]) -> list[list[int]]:
+    """Numbers of the paths that a rule binds together: those that match, by what their regex groups match."""
+    found: dict[tuple[str | None, ...], list[int]] = {}
+    for row, path in enumerate(paths):
+        if match := re.search(rule.pattern, path):
+            found.setdefault(match.groups(), []).append(row)
+    return list(found.values())

@@ -9,7 +9,7 @@ from mpq_jax import costs
 from mpq_jax.costs import add, human
 from mpq_jax.importance import combined
 from mpq_jax.policy import tied_candidates
-from mpq_jax.search.constraints import allowed_pairs, shared_groups
+from mpq_jax.search.constraints import allowed_pairs, shared_groups, tied_names
 from mpq_jax.types import Bits, Budget, Importance, Interaction, Refusal
 
 
@@ -142,6 +142,7 @@ def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None
     sums = [budget for budget in budgets if not budget.largest]
     groups = shared_groups(importance)
     members = [[searched[i].path for i in group] for group in groups]
+    names = tied_names(importance)
     kw, ka = len(importance.bit_widths), len(importance.activation_bit_widths)
 
     alone = len(groups) == len(searched)
@@ -164,7 +165,7 @@ def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None
         whole=tuple(budget.limit for budget in sums),
         names=tuple(budget.name for budget in sums),
         widths=(kw, ka),
-        tied=_tied_rows([[searched[i].tied for i in group] for group in groups]),
+        tied=_tied_rows([[name for i in group for name in names[i]] for group in groups]),
     )
     tied_candidates(importance.layers, importance.activation_bit_widths)  # refuses ties without common candidates
     return _with_terms(_within_ties(problem), importance.interactions)
@@ -205,13 +206,12 @@ def check_largest(importance: Importance, budgets: Sequence[Budget], allowed: np
             raise _beyond(budget, reachable, f" (of {path})")
 
 
-def _tied_rows(tied: Sequence[Sequence[str | None]]) -> tuple[tuple[int, ...], ...]:
+def _tied_rows(tied: Sequence[Sequence[str]]) -> tuple[tuple[int, ...], ...]:
     """Groups of rows that share activation bits: rows of one tied name, and all rows that chains of names connect."""
     group_of: dict[str, set[int]] = {}
     for row, names in enumerate(tied):
-        named = {name for name in names if name is not None}
-        joined = set().union({row}, *(group_of.get(name, set()) for name in named))
-        for name in [*named, *(n for n, rows in group_of.items() if rows & joined)]:
+        joined = set().union({row}, *(group_of.get(name, set()) for name in names))
+        for name in [*names, *(n for n, rows in group_of.items() if rows & joined)]:
             group_of[name] = joined
     groups = {tuple(sorted(rows)) for rows in group_of.values()}
     return tuple(sorted(group for group in groups if len(group) > 1))

@@ -280,8 +280,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], li
     settings: list[str] = []
     while rest:
         word = rest.pop(0)
-        words = [word] if "=" in word or not rest or rest[0].startswith("--") else [word, rest.pop(0)]
-        (settings if word[2:].partition(".")[0] in methods.SETTINGS else overrides).extend(words)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            word = f"{word}={rest.pop(0)}"
+        (settings if word[2:].partition(".")[0] in methods.SETTINGS else overrides).append(word)
     return arguments, overrides, settings
 
 

@@ -69,10 +69,9 @@ class Joint:
     clip: float = 1.0  # gradients of weights, by value
     warmup_steps: int = 0
     step_size_optimizer: str = "log_adam"  # log_adam, or sgd (with the weights' settings, as in the paper)
-    step_size_learning_rate: float = 0.03
+    step_size_learning_rate: float = 0.1
     error_weight: float = 1.0  # of the relative quantization error in the step sizes' loss; 0 in the paper
-    error_steps: int = 60  # first steps, in which step sizes follow that error alone …
-    error_learning_rate: float = 0.1  # … at a rate of their own
+    error_steps: int = 60  # first steps, in which step sizes follow that error alone
     random_rows: int = 1
     same_bits: bool = False  # random rows draw one width for weights and activations, as in the paper
     affine_per_row: bool = False

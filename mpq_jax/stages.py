@@ -218,16 +218,7 @@ def joint_optimizer(model: QuantizedModel, settings: Joint, steps: int) -> optax
         raise Refusal(f'joint.weights {settings.weights!r} is not known; choose "still" or "trained"')
     weights = optax.set_to_zero() if settings.weights == "still" else sgd(settings.clip, settings.weight_decay)
     if settings.step_size_optimizer == "log_adam":
-        alone = error_steps(settings, steps) // settings.accumulate
-        rate = optimizers.schedule(settings.step_size_learning_rate, updates - alone, warmup=warmup)
-        if alone:
-            # Far off at first, near in the end: from any start the task finds step sizes where the error left them.
-            first = optimizers.schedule(
-                settings.error_learning_rate,
-                alone,
-                end=min(settings.step_size_learning_rate, settings.error_learning_rate),
-            )
-            rate = optax.join_schedules([first, rate], [alone])
+        rate = optimizers.schedule(settings.step_size_learning_rate, updates, warmup=warmup)
         # A short memory of the second moment: gradients shrink by orders of magnitude on the way from a bad start.
         step_sizes = optimizers.log_space(optax.adam(rate, b2=0.95))
     elif settings.step_size_optimizer == "sgd":
@@ -236,11 +227,6 @@ def joint_optimizer(model: QuantizedModel, settings: Joint, steps: int) -> optax
         raise Refusal(f'joint.step_size_optimizer {settings.step_size_optimizer!r}: choose "log_adam" or "sgd"')
     optimizer = optimizers.partition(model, weights, step_sizes)
     return optax.MultiSteps(optimizer, settings.accumulate) if settings.accumulate > 1 else optimizer
-
-
-def error_steps(settings: Joint, steps: int) -> int:
-    """How many of joint training's first steps follow the quantization error alone: a quarter of all at most."""
-    return min(settings.error_steps, steps // 4) if settings.error_weight else 0
 
 
 def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainState, RowLog]:
@@ -260,7 +246,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
         rows_at_a_time=settings.rows_at_a_time,
         distill=joint.Distill(settings.distill) if settings.distill else None,
         error_weight=settings.error_weight,
-        error_steps=error_steps(settings, steps),
+        error_steps=min(settings.error_steps, steps // 4),
         average=settings.average,
         dropout=_is_linen(model),
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpq_jax.config import Parser
+from mpq_jax.criteria import CRITERIA
 from mpq_jax.files import check_out
 from mpq_jax.search import methods
 from mpq_jax.types import Refusal
@@ -48,7 +49,7 @@ def make_parser() -> Parser:
     add("--workdir", type=Path, help="a run; default: the newest under runs/")
     add("--importance", type=Path, help="an importance.json of any origin, in place of a run")
     add("--import-limpq", type=Path, help="indicators of LIMPQ's code (.pkl) or a .csv; needs --config for the layers")
-    add("--criterion", help="whose table: learned (default), hawq, output_fisher, regression, …; computed once, kept")
+    add("--criterion", help=f"whose table, computed once and kept: {', '.join(CRITERIA)} (default learned)")
     add(
         "--rule",
         action="append",

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,6 +213,12 @@ def test_options_that_exclude_each_other(place, capsys):
     command = ["--config", str(place / "tiny.py"), "--workdir", str(place / "float")]
     assert train.main([*command, "--float-only", "--policy", table]) == 2
     assert "give one of them" in error_of(capsys)
+
+
+def test_the_readme_lists_every_criterion():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = [line.split("`")[1] for line in text.split("### Criteria")[1].splitlines() if line.startswith("| `")]
+    assert set(CRITERIA) <= set(rows)
 
 
 def test_config_round_trip():

@@ -117,7 +117,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
             f"--method {arguments.method} measures policies; --criterion, --frontier, --check and --psd go with ilp"
         )
     if arguments.criterion and (arguments.importance or arguments.import_limpq):
-        raise Refusal("--criterion names a table of a run, --importance and --import-limpq a table itself; give one")
+        raise Refusal(
+            "--criterion names a table of a run, --importance and --import-limpq a table itself; give one of them"
+        )
     sources = [o for o in ("workdir", "importance", "import_limpq") if getattr(arguments, o) is not None]
     if len(sources) > 1:
         names = " and ".join("--" + name.replace("_", "-") for name in sources)

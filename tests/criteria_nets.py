@@ -98,6 +98,19 @@ def step_size(params, layer, kind, bits, widths=WIDTHS):
     return np.asarray(params[layer][f"{kind}_step_size"])[widths.index(bits)]
 
 
+class Tiny(nn.Module):
+    """Four dense layers for whole runs, called as the program's own models are."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = x.reshape(len(x), -1)
+        for i in range(3):
+            x = nn.relu(nn.Dense(12, name=f"dense{i + 1}")(x))
+        return nn.Dense(self.num_classes, name="head")(x)
+
+
 class Wide(nn.Module):
     """Dense layers whose Hessians have many eigenvalues of one size: traces settle after few draws."""
 

@@ -7,8 +7,18 @@ import pytest
 from sklearn.isotonic import IsotonicRegression
 from tables import made
 
-from mpq_jax import Refusal
+from mpq_jax import Bits, Interaction, Refusal
 from mpq_jax.importance import combined, load_importance, repair, reversed_importance, save_importance, total
+
+
+def with_interactions(**options):
+    """Two terms: of weights and activations whose lists of widths differ, and of two activations."""
+    importance = made(1, activation_widths=(4, 8), **options)
+    rng = np.random.default_rng(5)
+    first = Interaction(("layer0", "w"), ("layer2", "a"), rng.normal(size=(3, 2)))
+    second = Interaction(("layer1", "a"), ("layer0", "a"), rng.normal(size=(2, 2)))
+    return importance._replace(interactions=(first, second))
+
 
 OPTIONS = [{}, {"pair": True}, {"tied": True, "narrowed": True}, {"activation_widths": (4, 8), "alpha": None}]
 
@@ -51,6 +61,79 @@ def test_the_format_of_the_design(tmp_path):
     assert total(importance, {"conv": type(importance.layers[0].bits)(3, 2)}) == pytest.approx(0.8 * 0.07 + 0.31)
     save_importance(tmp_path / "again.json", importance)
     assert json.loads((tmp_path / "again.json").read_text()) == value
+
+
+def test_interactions_round_trip_and_total(tmp_path):
+    """Back as they were, under the format's names; a policy's total has each term once, alpha is not theirs."""
+    importance = with_interactions()
+    save_importance(tmp_path / "i.json", importance, about={"unit": "loss"})
+    value = json.loads((tmp_path / "i.json").read_text())
+    assert value["interactions"][0]["a"] == ["layer0", "w"] and value["interactions"][0]["b"] == ["layer2", "a"]
+    again = load_importance(tmp_path / "i.json")
+    assert [(i.a, i.b) for i in again.interactions] == [(i.a, i.b) for i in importance.interactions]
+    for mine, theirs in zip(importance.interactions, again.interactions, strict=True):
+        np.testing.assert_array_equal(mine.table, theirs.table)
+    policy = {"layer0": Bits(3, 8), "layer1": Bits(2, 4), "layer2": Bits(4, 4), "layer3": Bits(2, 8)}
+    added = importance.interactions[0].table[1, 0] + importance.interactions[1].table[0, 1]
+    for alpha in (None, 7.0):
+        alone = total(importance._replace(interactions=()), policy, alpha)
+        assert total(again, policy, alpha) == pytest.approx(alone + added)
+    assert "interactions" not in json.loads(_saved(tmp_path, made(1)))
+
+
+def _saved(tmp_path, importance):
+    save_importance(tmp_path / "other.json", importance)
+    return (tmp_path / "other.json").read_text()
+
+
+def test_interactions_go_with_their_rows():
+    """Reversed, a term names the layers that its layers' rows have gone to."""
+    importance = with_interactions()._replace(alpha=1.0)
+    order = np.argsort(combined(importance).mean((1, 2)))
+    home = {f"layer{a}": f"layer{b}" for a, b in zip(order, order[::-1], strict=True)}
+    wrong = reversed_importance(importance)
+    for before, after in zip(importance.interactions, wrong.interactions, strict=True):
+        assert after.a == (home[before.a[0]], before.a[1]) and after.b == (home[before.b[0]], before.b[1])
+        assert after.table is before.table
+    assert repair(importance)[0].interactions == importance.interactions
+
+
+def _term(**changes):
+    def change(value):
+        value["interactions"][0] |= changes
+
+    return change
+
+
+BROKEN_INTERACTIONS = {
+    "no list": lambda value: value.update(interactions={"a": 1}),
+    "null": lambda value: value.update(interactions=None),
+    "no table": lambda value: value["interactions"][0].pop("table"),
+    "unknown key": _term(weight=1),
+    "a fixed layer": _term(a=["first", "w"]),
+    "no layer": _term(a=["nowhere", "w"]),
+    "kind": _term(b=["layer2", "weight"]),
+    "one word": _term(b="layer2"),
+    "kind is a list": _term(b=["layer2", ["a"]]),
+    "one decision twice": _term(b=["layer0", "w"]),
+    "transposed": lambda value: _term(table=np.transpose(value["interactions"][0]["table"]).tolist())(value),
+    "ragged": _term(table=[[1, 2], [1, 2], [1]]),
+    "not a number": _term(table=[[1, 2], [1, 2], [1, None]]),
+    "a pair again": lambda value: value["interactions"].append(
+        {"a": ["layer2", "a"], "b": ["layer0", "w"], "table": [[0, 0, 0]] * 2}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_INTERACTIONS)
+def test_malformed_interactions_are_refused(tmp_path, name):
+    save_importance(tmp_path / "i.json", with_interactions())
+    value = json.loads((tmp_path / "i.json").read_text())
+    BROKEN_INTERACTIONS[name](value)
+    (tmp_path / "i.json").write_text(json.dumps(value))
+    with pytest.raises(Refusal, match="interactions") as refusal:
+        load_importance(tmp_path / "i.json")
+    assert "\n" not in str(refusal.value) and "train.py" in str(refusal.value)
 
 
 def _first(**changes):

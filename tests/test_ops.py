@@ -87,6 +87,23 @@ def test_per_row_gradients():
     np.testing.assert_allclose(gradient("rows"), gradient("plain"), rtol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["3x3", "depthwise stride 2", "dot"])
+def test_smooth_kernels_differentiate_twice(case):
+    """Hessian-vector products equal those of JAX's own operations, rows under vmap too."""
+    primitive, params, lhs_shape, rhs_shape = CASES[case]
+    rng = np.random.default_rng(4)
+    lhs, rhs, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, *lhs_shape), rhs_shape, rhs_shape))
+
+    def product(kernels, lhs):
+        def loss(rhs):
+            return jnp.sin(ops.contract(primitive, params, kernels)(lhs, rhs)).sum()
+
+        return jax.jvp(jax.grad(loss), (rhs,), (v,))[1]
+
+    smooth, plain = (jax.vmap(lambda x, k=k: product(k, x))(lhs) for k in ("smooth", "plain"))
+    np.testing.assert_allclose(smooth, plain, rtol=1e-3, atol=1e-3)
+
+
 def test_rows_make_no_grouped_convolution():
     """What plain vmap makes of P kernels is one convolution in P groups; here there are P without groups."""
     primitive, params, lhs_shape, rhs_shape = CASES["3x3"]

@@ -62,7 +62,13 @@ def random(model: QuantizedModel, seed: int = 0) -> Importance:
 def reversed_(base: Importance) -> Importance:
     """The learned table with the rows of important and unimportant layers exchanged: the layer of rank r gets that of
     rank L + 1 - r."""
-    return reversed_importance(base)._replace(criterion="reversed")
+    table = reversed_importance(base)._replace(criterion="reversed")
+    assert table.weight is not None and table.activation is not None
+    searched = [layer for layer in base.layers if layer.searched]
+    return table._replace(
+        weight=_filled(table.weight, searched, "weight", base.bit_widths),
+        activation=_filled(table.activation, searched, "activation", base.activation_bit_widths),
+    )
 
 
 def _fitted(

@@ -39,7 +39,7 @@ def regression(model: QuantizedModel, rows: RowLog, *, monotone: bool = False, s
     that cross-validation chooses (5 folds, the rows of a step in one fold).
     monotone: effects must not rise with bits. settled: the share of the log, from its end, that is used: step sizes of
     early rows had not settled. Layers tied together share their effect equally.
-    Raises Refusal for a log of fewer than 20 rows.
+    Raises Refusal for a log of fewer than 20 rows, or 5 steps.
     """
     return _fitted(model, rows, (), "regression", monotone, settled)
 
@@ -93,6 +93,11 @@ def _centred(unit: Decision, assignment: np.ndarray) -> np.ndarray:
     return (bits[:, None] == np.array(unit.candidates)) - 1 / len(unit.candidates)
 
 
+def _log(loss: np.ndarray) -> np.ndarray:
+    """Of a loss of exactly 0, too, something finite."""
+    return np.log(np.maximum(loss.astype(np.float64), 1e-12))
+
+
 class Design(NamedTuple):
     """log loss ~ free @ . + alone @ . + together @ .
 
@@ -118,7 +123,7 @@ def _design(units: Sequence[Decision], pairs: Sequence[tuple[int, int]], log: Ro
             for bits in unit.candidates
         ]
     )
-    reference = np.log(log.reference.astype(np.float64))[:, None]
+    reference = _log(log.reference)[:, None]
     together = [(columns[u][:, :, None] * columns[v][:, None, :]).reshape(len(alone), -1) for u, v in pairs]
     empty = np.zeros((len(alone), 0))
     free = np.concatenate([reference - reference.mean(), alone @ shared], axis=1)
@@ -136,7 +141,7 @@ def _fitted(
     couples = coupled(model, pairs, units)
     widths = {"w": model.bit_widths, "a": model.activation_bit_widths}
     design = _design(units, couples, log, widths)
-    target = np.log(log.loss.astype(np.float64))
+    target = _log(log.loss)
     penalty, scale, score = _chosen(design, target, log.step)
     alone, together = _solve(design, target, penalty, scale)
     if monotone:
@@ -163,29 +168,40 @@ def _usable(rows: RowLog, settled: float) -> RowLog:
     steps = np.unique(rows.step)
     late = rows.step >= (steps[int((1 - settled) * len(steps))] if len(steps) else 0)
     log = RowLog(*(np.asarray(field)[late] for field in rows))
-    if len(log.loss) < FEWEST_ROWS:
+    if len(log.loss) < FEWEST_ROWS or len(np.unique(log.step)) < FOLDS:
         raise Refusal(
             f"the log of random rows has {len(log.loss)} rows to use of {len(rows.loss)}, and regression needs "
-            f"{FEWEST_ROWS}; train with more --joint.steps or --joint.random_rows, or use more of it (criteria.settled)"
+            f"{FEWEST_ROWS} of {FOLDS} steps; train with more --joint.steps or --joint.random_rows, or use more of it (criteria.settled)"
         )
     return log
 
 
 def _chosen(design: Design, target: np.ndarray, step: np.ndarray) -> tuple[float, float, float]:
     """(penalty, scale of pairs, out-of-fold R^2) of the least out-of-fold error. Rows of a step are in one fold."""
-    from sklearn.linear_model import Ridge
-    from sklearn.model_selection import GroupKFold, cross_val_predict
-
     fold = np.unique(step, return_inverse=True)[1] % FOLDS
-    folds = list(GroupKFold(min(FOLDS, len(np.unique(fold)))).split(target, groups=fold))
     spread = float(np.square(target - target.mean()).mean()) or 1.0
     best = (np.inf, 1.0, 0.0)
     for scale in PAIR_SCALES if design.together.shape[1] else (0.0,):
         x = _weighted(design, scale)
-        for penalty in PENALTIES:
-            predicted = cross_val_predict(Ridge(_strength(penalty, target)), x, target, cv=folds)
-            best = min(best, (float(np.square(target - predicted).mean()), float(penalty), scale))
+        predicted = np.empty((len(PENALTIES), len(target)))
+        for k in range(FOLDS):
+            predicted[:, fold == k] = _ridge_path(x[fold != k], target[fold != k], x[fold == k])
+        errors = np.square(predicted - target).mean(1)
+        best = min(best, (float(errors.min()), float(PENALTIES[errors.argmin()]), scale))
     return best[1], best[2], 1 - best[0] / spread
+
+
+def _ridge_path(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """[penalties, new rows]: predictions of ridge regressions of y on x, of all penalties by one decomposition."""
+    x, new, centre = x - x.mean(0), new - x.mean(0), y.mean()
+    strengths = [_strength(penalty, y) for penalty in PENALTIES]
+    if x.shape[1] <= len(x):
+        values, vectors = np.linalg.eigh(x.T @ x)
+        left, right = new @ vectors, vectors.T @ (x.T @ (y - centre))
+    else:
+        values, vectors = np.linalg.eigh(x @ x.T)
+        left, right = new @ (x.T @ vectors), vectors.T @ (y - centre)
+    return np.array([centre + left @ (right / (np.maximum(values, 0) + s)) for s in strengths])
 
 
 FREE = 1e3  # columns this much larger are as good as not penalised

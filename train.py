@@ -21,14 +21,19 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Co
     parser.add_argument("--config", required=True, help="a config file, e.g. configs/digits.py")
     parser.add_argument("--workdir", help="where the run is kept; default: runs/<name of the config>")
     parser.add_argument("--policy", help="fine-tune with this policy.json (from search.py) and report")
+    parser.add_argument("--quantizer", help="short for --quantize.quantizer: lsq, pact, qil or lq_nets")
     config_lib.add_help(parser)
     known, rest = parser.parse_known_args(argv)
     for word in rest:
         name = word.partition("=")[0]
         if name.startswith("--") and name[2:].replace("-", "_") not in config_lib.options(config_lib.Config()):
-            near = difflib.get_close_matches(name, ["--config", "--workdir", "--policy"], n=1, cutoff=0.75)
+            near = difflib.get_close_matches(
+                name, ["--config", "--workdir", "--policy", "--quantizer"], n=1, cutoff=0.75
+            )
             if near:
                 raise Refusal(f"unknown option {name}; the nearest is {near[0]} (train.py --help lists all)")
+    if known.quantizer is not None:
+        rest = [*rest, "--quantize.quantizer", known.quantizer]
     config = config_lib.load(known.config, rest)
     known.workdir = Path(known.workdir or Path("runs") / Path(known.config).stem)
     return known, config

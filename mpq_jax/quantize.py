@@ -1,6 +1,8 @@
-"""quantize(model, ...): finds the layers of an unmodified Flax model, and makes bits and step sizes its arguments."""
+"""quantize(model, ...): finds the layers of an unmodified Flax model, and makes bits and step sizes its arguments.
 
-import functools
+"Leaves" are what a quantizer keeps for each layer and bit-width: step sizes for LSQ, others for other methods.
+"""
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from mpq_jax.interpret import Call
 from mpq_jax.layers import (
     MAX_BITS,
     LayerSpec,
+    check_grids,
     check_reached,
     check_widths,
     choice_of,
@@ -20,9 +23,10 @@ from mpq_jax.layers import (
     interpreted,
     layer_paths,
     layer_table,
+    leaf_paths,
     spec_of,
 )
-from mpq_jax.numerics import at_bits, wide
+from mpq_jax.operands import gathered, operand_of, tapped
 from mpq_jax.quantizers import lsq
 from mpq_jax.rules import Candidates, Rules, check_rules
 from mpq_jax.types import Bits, Layer, Policy, QuantizedModel, Quantizer, Refusal
@@ -81,7 +85,8 @@ def quantize(
     choices = {
         path: choice_of(path, every_path, rules, ends, Candidates(widths, activation_widths)) for path in every_path
     }
-    specs = {leaf: spec_of(leaf, site, paths[leaf], choices, signed, quantizer) for leaf, site in sites.items()}
+    specs = {leaf: spec_of(leaf, site, paths[leaf], choices, signed) for leaf, site in sites.items()}
+    check_grids(specs, quantizer)
     batch = inputs[0].shape[0] if inputs and len(getattr(inputs[0], "shape", ())) else 1
     layers = layer_table(sites, specs, choices, order, batch, Candidates(widths, activation_widths), tie_activations)
     if count_products:
@@ -97,20 +102,20 @@ def quantize(
         mutable=False,
         rngs=None,
         kernels: ops.Kernels = "rows",
-        with_error=False,
+        terms: Sequence[str] = (),
         **kwargs,
     ):
-        values = {} if policy is None else _values(specs, variables, policy)
-        handler = _quantizing(specs, quantizer, kernels, with_error)
+        values = {} if policy is None else _values(specs, quantizer, variables, policy)
+        handler = _quantizing(specs, quantizer, kernels, terms)
         outputs, updates, taps = walk(variables, values, handler, inputs, kwargs, mutable, rngs)
         result = (outputs, updates) if mutable else (outputs,)
-        if with_error:
-            result += (sum(_error_of(specs[leaf], tap) for (leaf, _), tap in taps.items()),)
+        if terms:
+            result += ({term: gathered(term, specs, quantizer, taps) for term in terms},)
         return result if len(result) > 1 else outputs
 
     def calibrate(variables, *inputs, **kwargs):
         _, _, taps = walk(variables, {}, _calibrating(specs, quantizer), inputs, kwargs)
-        return _with_leaves(specs, variables, taps)
+        return _with_leaves(specs, quantizer, variables, taps)
 
     return QuantizedModel(
         layers=layers,
@@ -137,19 +142,24 @@ def _only(variables: Mapping[str, Any], float_paths: frozenset[str]) -> dict[str
     return {**variables, "params": flax_seam.unflatten(params)}
 
 
-def _values(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
+def _values(
+    specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Mapping[str, Any], policy: Policy
+) -> dict[str, Any]:
     """leaf -> {"weight": {name: [*stack, K, ...]}, "activation": ..., "bits": Bits([*stack], [*stack])}."""
     flat = flax_seam.flatten(variables["params"])
     values = {}
     for leaf, spec in specs.items():
         if all(spec.in_float):
             continue
-        chosen: dict[str, Any] = {
-            kind: {path[len(name) :]: leaf for path, leaf in flat.items() if path.startswith(name)}
-            for kind, name in spec.names.items()
-        }
-        if not all(chosen.values()):
-            raise Refusal(f"layer {spec.paths[0]!r} has no step sizes yet; call calibrate(variables, batch) first")
+        chosen: dict[str, Any] = {}
+        for kind in spec.names:
+            paths = leaf_paths(spec, quantizer, kind)
+            if missing := [path for path in paths.values() if path not in flat]:
+                raise Refusal(
+                    f"layer {spec.paths[0]!r} has no {missing[0]!r}, which {quantizer.name} needs; "
+                    "call calibrate(variables, batch) first"
+                )
+            chosen[kind] = {name: flat[path] for name, path in paths.items()}
         chosen["bits"] = _stack_bits(spec, policy)
         values[leaf] = chosen
     return values
@@ -169,60 +179,35 @@ def _stack_bits(spec: LayerSpec, policy: Policy) -> Bits:
     return Bits(*(jnp.stack([jnp.asarray(b[k], jnp.int32) for b in each]).reshape(spec.stack) for k in range(2)))
 
 
-def _broadcast(value: jax.Array, weight: jax.Array, channel_axes: Sequence[int]) -> jax.Array:
-    """[] stays; [C], one entry an output channel, takes the weight operand's rank."""
-    if value.ndim == 0:
-        return value
-    return value.reshape([n if i in channel_axes else 1 for i, n in enumerate(weight.shape)])
-
-
-def _relative_error(on_grid: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """mean (x_hat - x)^2 / mean x^2, []. Its gradient reaches the step size only."""
-    x = wide(jax.lax.stop_gradient(x))
-    power = jnp.square(x).mean()
-    return jnp.square(on_grid(x) - x).mean() / jnp.where(power > 0, power, 1)
-
-
-def _error_of(spec: LayerSpec, tap: jax.Array) -> jax.Array:
-    """Sum over the layers of a stack, mean over repeated runs of the same layer. []"""
-    return tap.mean(axis=spec.shared).sum() if spec.shared else tap.sum()
-
-
 def _quantizing(
-    specs: Mapping[str, LayerSpec], quantizer: Quantizer, kernels: ops.Kernels, with_error: bool
+    specs: Mapping[str, LayerSpec], quantizer: Quantizer, kernels: ops.Kernels, terms: Sequence[str]
 ) -> Callable[..., Any]:
-    """The handler of `apply`: both operands on their grids, then the product; taps their relative errors if asked."""
+    """The handler of `apply`: both operands on their grids, then the product; taps the terms that are asked for."""
 
     def handler(call: Call, lhs, rhs, value):
         spec = specs[call.leaf]
         product = ops.contract(call.primitive, call.params, kernels)
         if value is None:  # left in float by a rule, or the whole model run in float
             return product(lhs, rhs), None
-        operands = [lhs, rhs]
-        bits: Bits = value["bits"]
-        weight, activation = operands[call.weight_side], operands[1 - call.weight_side]
-        w_values = {
-            name: _broadcast(at_bits(v, spec.weight_bit_widths, bits.w), weight, call.channel_axes)
-            for name, v in value["weight"].items()
+        inputs = [lhs, rhs]
+        operands = {
+            "weight": operand_of(call, spec, quantizer, "weight", inputs[call.weight_side], value),
+            "activation": operand_of(call, spec, quantizer, "activation", inputs[1 - call.weight_side], value),
         }
-        a_values = {name: at_bits(v, spec.activation_bit_widths, bits.a) for name, v in value["activation"].items()}
-
-        weight_grid = functools.partial(quantizer.weight.fake_quant, values=w_values, bits=bits.w, signed=True)
-        activation_grid = functools.partial(
-            quantizer.activation.fake_quant, values=a_values, bits=bits.a, signed=spec.signed
-        )
-        w_hat, a_hat = weight_grid(weight), activation_grid(activation)
+        w_hat, a_hat = (operand.call(operand.quantizer.fake_quant) for operand in operands.values())
         if any(spec.in_float):
-            w_hat, a_hat = jnp.where(bits.w > MAX_BITS, weight, w_hat), jnp.where(bits.a > MAX_BITS, activation, a_hat)
-        operands[call.weight_side], operands[1 - call.weight_side] = w_hat, a_hat
-        if not with_error:
-            return product(*operands), None
-        # An eighth of the batch is enough to tell an activation's error.
-        sample = activation[: max(1, activation.shape[0] // 8)]
-        error = _relative_error(weight_grid, weight) + _relative_error(activation_grid, sample)
-        return product(*operands), error
+            w_hat, a_hat = (
+                jnp.where(operand.bits > MAX_BITS, operand.x, x_hat)
+                for operand, x_hat in zip(operands.values(), (w_hat, a_hat), strict=True)
+            )
+        inputs[call.weight_side], inputs[1 - call.weight_side] = w_hat, a_hat
+        tap = {term: tapped(term, operands, value) for term in terms}
+        return product(*inputs), tap or None
 
     return handler
+
+
+# ---- calibrating --------------------------------------------------------------------------------------------------
 
 
 def _calibrating(specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> Callable[..., Any]:
@@ -243,15 +228,15 @@ def _calibrating(specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> Callab
     return handler
 
 
-def _with_leaves(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any], taps: Mapping[Any, Any]) -> Any:
+def _with_leaves(
+    specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Mapping[str, Any], taps: Mapping[Any, Any]
+) -> Any:
     """The variables with the tapped start values beside their parameters; several calls of a layer are averaged."""
     flat = flax_seam.flatten(variables["params"])
     for leaf, spec in specs.items():
         calls = [tap for (tapped, _), tap in taps.items() if tapped == leaf]
-        for kind, name in spec.names.items():
-            for value in calls[0][kind] if calls else ():
-                each = [
-                    call[kind][value].mean(axis=spec.shared) if spec.shared else call[kind][value] for call in calls
-                ]
-                flat[name + value] = sum(each) / len(each)
+        for kind in spec.names if calls else ():
+            for name, path in leaf_paths(spec, quantizer, kind).items():
+                each = [call[kind][name].mean(axis=spec.shared) if spec.shared else call[kind][name] for call in calls]
+                flat[path] = sum(each) / len(each)
     return {**variables, "params": flax_seam.unflatten(flat)}

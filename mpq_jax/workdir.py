@@ -40,11 +40,28 @@ def check_policy(workdir: Path, policy: str | Path) -> None:
     from mpq_jax.importance import load_importance
     from mpq_jax.policy import load_policy
 
-    path = workdir / "importance.json"
-    if not path.exists():
-        raise Refusal(f"{path} does not exist: joint training is not done; run train.py without --policy first")
-    importance = load_importance(path)
+    importance = load_importance(importance_of(workdir, policy))
     load_policy(policy, importance.layers, importance.bit_widths, importance.activation_bit_widths)
+
+
+def importance_of(workdir: Path, policy: str | Path) -> Path:
+    """The table in a run's folder that a policy was made from: by its SHA-256 where the policy says it, else
+    importance.json.
+
+    Raises Refusal where the folder has none.
+    """
+    from mpq_jax.importance import sha256
+
+    tables = sorted(workdir.glob("importance*.json"))
+    wanted = read_json(policy, "mpq-policy", 1, "python search.py --workdir … --budget …").get("importance_sha256")
+    same = [path for path in tables if sha256(path) == wanted]
+    path = same[0] if same else workdir / "importance.json"
+    if not path.exists():
+        raise Refusal(
+            f"{path} does not exist: joint training is not done, or its quantizer makes none; run train.py without "
+            "--policy first, or put the table that the policy was made from into the folder"
+        )
+    return path
 
 
 def _at(config: dict, key: str) -> str:

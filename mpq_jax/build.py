@@ -1,6 +1,8 @@
 """From a config to the model, the quantizer and the layer table."""
 
+import dataclasses
 import importlib
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from mpq_jax import models
-from mpq_jax.config import Config
+from mpq_jax.config import Config, Quantize
 from mpq_jax.pretrained import load_safetensors, torch_names
 from mpq_jax.quantize import quantize
 from mpq_jax.quantizers import QUANTIZERS
-from mpq_jax.quantizers.lsq import STARTS
+from mpq_jax.quantizers.starts import STARTS
 from mpq_jax.rules import Rules, parse_value
 from mpq_jax.types import Bits, Layer, QuantizedModel, Quantizer, Refusal
 
@@ -48,18 +50,26 @@ def float_model(config: Config, num_classes: int) -> Any:
 
 
 def quantizer(config: Config) -> Quantizer:
-    """The quantizer that the config names. Raises Refusal for one that does not exist."""
+    """The quantizer that the config names, with those options of `quantize` that it takes.
+
+    Raises Refusal for one that does not exist, and for an option of another one that was set.
+    """
     settings = config.quantize
     if settings.quantizer not in QUANTIZERS:
         raise Refusal(f"quantizer {settings.quantizer!r} is not known; choose one of {', '.join(QUANTIZERS)}")
     if settings.start not in STARTS:
         raise Refusal(f"quantize.start {settings.start!r} is not known; choose one of {', '.join(STARTS)}")
-    return QUANTIZERS[settings.quantizer](
-        settings.start,
-        per_channel=settings.per_channel,
-        power_of_two=settings.power_of_two,
-        narrow=settings.narrow,
-    )
+    takes: dict[str, set[str]] = {name: set(inspect.signature(make).parameters) for name, make in QUANTIZERS.items()}
+    mine = takes[settings.quantizer]
+    options = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    for name in sorted(set().union(*takes.values()) & set(options) - mine):
+        if options[name] != getattr(Quantize(), name):
+            owners = " and ".join(other for other in takes if name in takes[other])
+            raise Refusal(
+                f"quantize.{name} is an option of {owners}, not of {settings.quantizer}; leave it out, "
+                f"or choose --quantizer {owners.split()[0]}"
+            )
+    return QUANTIZERS[settings.quantizer](**{name: value for name, value in options.items() if name in mine})
 
 
 def rules(config: Config) -> Rules:

@@ -32,16 +32,19 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
-    quantizer: str = "lsq"
+    quantizer: str = "lsq"  # lsq, pact, qil or lq_nets
     bit_widths: tuple[int, ...] = (2, 3, 4, 5, 6)
     activation_bit_widths: tuple[int, ...] = ()  # empty: as bit_widths
     rules: tuple[str, ...] = ()  # "regex=8,8" (fixed), "regex=float", "regex=w2/4/8,a4/8" (candidates); first wins
     ends: str = "8,8"  # first and last layer where no rule speaks of them; "searched": as any other
     tie_activations: bool = True
-    start: str = "statistics"  # step sizes' start: statistics, or same (0.1 / bits in every layer)
-    per_channel: bool = False
-    power_of_two: bool = False
-    narrow: bool = False
+    start: str = "statistics"  # of grids: statistics, or same (a spacing of 0.1 / bits in every layer)
+    per_channel: bool = False  # lsq: a step size an output channel
+    power_of_two: bool = False  # lsq
+    narrow: bool = False  # lsq: symmetric weight codes
+    ewgs: bool = False  # lsq: rounding's gradient g (1 + 1e-3 sign(g) (x - round x))
+    rescale: bool = True  # pact's weights, qil: x_hat in the units of x; false: in [-1, 1], as in the papers
+    clip_penalty: float = 1e-4  # pact: lambda of lambda a^2 in the loss, a the clipping level
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mpq_jax import flax_seam
+from mpq_jax.operands import with_state
 from mpq_jax.policy import stack
 from mpq_jax.policy import uniform as uniform_policy
 from mpq_jax.types import Bits, Layer, QuantizedModel, Refusal
@@ -69,7 +70,7 @@ class Distill(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """params: the parameter tree, step sizes included. rows: per row [P, ...] copies of whatever each row keeps to
+    """params: the parameter tree, the quantizer's leaves included. rows: per row [P, ...] copies of whatever each row keeps to
     itself: {"stats": the collections that training changes, "affine": flat parameters, {} unless asked for,
     "index": [P]}.
     optimizer: optax state. average: moving average of params, or None. step: int32 [].
@@ -203,39 +204,48 @@ def joint_loss(
     distill: Distill | None = None,
     error_weight: float = 0.0,
     task_weight: float | jax.Array = 1.0,
-) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+) -> tuple[jax.Array, tuple[jax.Array, Any, Any]]:
     """The sum of the rows' losses (LIMPQ algorithm 1), all rows under one `jax.vmap`.
 
     error_weight: lambda of a term  lambda * sum over layers of (mean (x_hat - x)^2 / mean x^2), of weights and of
-    activations, that reaches step sizes only. After a normalisation layer the task loss hardly depends on a step size
-    that clips everything, and hardly at all at high bit-widths; this term tells the two directions apart.
+    activations, that reaches the quantizer's leaves only. After a normalisation layer the task loss hardly depends on a
+    step size that clips everything, and hardly at all at high bit-widths; this term tells the two directions apart.
+    A quantizer's own penalty (PACT's on its clipping levels) is added for each row.
 
     task_weight: of the rows' own losses in the sum.
     policies: a stack {path: Bits([P], [P])}, or None for the float model (the rows then differ in nothing).
-    Returns (sum [], (losses [P], statistics after the batch [P, ...])).
+    Returns (sum [], (losses [P], statistics after the batch [P, ...], moved)), with `moved` as `operands.TERMS` says of
+    "state", summed over the rows; {} where the quantizer has no state.
     """
     mutable = list(rows["stats"])
+    terms = () if policies is None else _terms(model, error_weight)
 
     def forward(row, policy):
         variables = {"params": _with_affine(params, row["affine"]), **row["stats"]}
-        with_error = bool(error_weight) and policy is not None
-        out = model.apply(
-            variables,
-            policy,
-            *task.inputs(batch),
-            mutable=mutable,
-            rngs=rngs,
-            with_error=with_error,
-            **task.train_kwargs,
+        out: Any = model.apply(
+            variables, policy, *task.inputs(batch), mutable=mutable, rngs=rngs, terms=terms, **task.train_kwargs
         )
-        *outputs, error = out if with_error else (out if mutable else (out,)) + (0.0,)
-        return outputs[0], outputs[1] if mutable else {}, error
+        outputs, *more = out if mutable or terms else (out,)
+        return outputs, more[0] if mutable else {}, more[-1] if terms else {}
 
-    outputs, stats, errors = jax.vmap(forward, out_axes=(0, 0, 0))(rows, policies)
+    outputs, stats, measured = jax.vmap(forward, out_axes=(0, 0, 0))(rows, policies)
     losses = jax.vmap(lambda out: task.loss(out, batch))(outputs)
     if distill is not None:
         losses = _distilled(distill, losses, outputs, policies, batch)
-    return (task_weight * losses + error_weight * errors).sum(), (losses, stats)
+    total = task_weight * losses + error_weight * measured.get("error", 0.0) + measured.get("penalty", 0.0)
+    moved = jax.tree.map(lambda x: x.sum(0), measured.get("state", {}))
+    return total.sum(), (losses, stats, moved)
+
+
+def _terms(model: QuantizedModel, error_weight: float) -> tuple[str, ...]:
+    """What the loss and the step want of a forward pass, and no more."""
+    both = (model.quantizer.weight, model.quantizer.activation)
+    wanted = {
+        "error": bool(error_weight) and any(tensor.leaves for tensor in both),
+        "penalty": any(tensor.penalty for tensor in both),
+        "state": any(tensor.update for tensor in both),
+    }
+    return tuple(term for term, want in wanted.items() if want)
 
 
 def _distilled(distill: Distill, losses, outputs, policies, batch):
@@ -275,6 +285,8 @@ def make_step(
     rows_at_a_time: map so many rows at once and accumulate (0: all). Must divide P.
     error_weight: as in joint_loss. error_steps: in the first steps there is nothing but that term. Where step sizes
         are far off, the task's gradients of early layers grow with every layer behind them and drown it.
+    State leaves of the quantizer are moved on once a step: each row gives its value for the leaf of its own bits, and
+    where several rows have the same bits the leaf takes the mean.
     average: decay of the moving average of the parameters (0: none).
     dropout: give the model a "dropout" stream each step (Linen; an NNX model carries its own).
     The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
@@ -315,10 +327,11 @@ def make_step(
             searched = [layer for layer in model.layers if layer.searched]
             metrics["assignment"] = assignment_array(drawn, searched)
         rngs = {"dropout": key_dropout} if dropout else None
-        grads, losses, stats = gradients(state, policies, batch, rngs)
+        grads, losses, stats, moved = gradients(state, policies, batch, rngs)
         trained = (state.params, state.rows["affine"])
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
         params, affine = optax.apply_updates(trained, updates)
+        params = with_state(params, moved)
         averaged = optax.incremental_update(params, state.average, 1 - average) if average else state.average
         metrics |= {"losses": losses, "gradient_norm": optax.global_norm(grads)}
         rows = {**state.rows, "stats": stats, "affine": affine}
@@ -328,11 +341,14 @@ def make_step(
 
 
 def _accumulated(loss, state: TrainState, policies, rows_at_a_time: int):
-    """Gradients of all rows at once, or of a few rows at a time, summed. -> (gradients, losses [P], stats [P, ...])"""
+    """Gradients of all rows at once, or of a few rows at a time, summed.
+
+    -> (gradients, losses [P], stats [P, ...], moved: as joint_loss returns it)
+    """
     trained = (state.params, state.rows["affine"])
     if not rows_at_a_time:
-        grads, (losses, stats) = jax.grad(loss, has_aux=True)(trained, state.rows, policies)
-        return grads, losses, stats
+        grads, (losses, stats, moved) = jax.grad(loss, has_aux=True)(trained, state.rows, policies)
+        return grads, losses, stats, moved
     rows = jax.tree.leaves((state.rows, policies))[0].shape[0]
     if rows % rows_at_a_time:
         fits = [n for n in range(1, rows + 1) if rows % n == 0]
@@ -343,13 +359,15 @@ def _accumulated(loss, state: TrainState, policies, rows_at_a_time: int):
 
     def body(total, part):
         affine, part_rows, part_policies = part
-        (shared, own), (losses, stats) = jax.grad(loss, has_aux=True)((state.params, affine), part_rows, part_policies)
-        return jax.tree.map(jnp.add, total, shared), (own, losses, stats)
+        (shared, own), (losses, stats, moved) = jax.grad(loss, has_aux=True)(
+            (state.params, affine), part_rows, part_policies
+        )
+        return jax.tree.map(jnp.add, total, shared), ((own, losses, stats), moved)
 
     parts = split((state.rows["affine"], state.rows, policies))
-    shared, stacked = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, state.params), parts)
+    shared, (stacked, moved) = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, state.params), parts)
     own, losses, stats = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), stacked)
-    return (shared, own), losses, stats
+    return (shared, own), losses, stats, jax.tree.map(lambda x: x.sum(0), moved)
 
 
 # ---- evaluation ---------------------------------------------------------------------------------------------------

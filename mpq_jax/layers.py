@@ -10,7 +10,7 @@ import jax
 from mpq_jax import flax_seam, ops
 from mpq_jax.interpret import Call, Trace, interpret
 from mpq_jax.rules import Candidates, Rules, first_match, parse_value
-from mpq_jax.types import Bits, Layer, Refusal
+from mpq_jax.types import Bits, Layer, Quantizer, Refusal, TensorQuantizer
 
 MAX_BITS = 16  # float32 holds every code and every product of a code and a step size up to here
 
@@ -19,11 +19,11 @@ class LayerSpec(NamedTuple):
     """What applying needs to know of the layers that one parameter leaf holds (one, or a scanned stack of N).
 
     leaf: path of the parameter, e.g. "block1/conv1/kernel".
-    names: {"weight": prefix, "activation": prefix} of the step-size leaves beside it, full paths.
+    names: {"weight": prefix, "activation": prefix} of the quantizer's leaves beside it, full paths.
     paths: layer paths, N of them in stack order.
     stack: lengths of the scans that slice the leaf; () where there is no stack.
     shared: positions, among all surrounding scans, of those that run the same layer again.
-    weight_bit_widths, activation_bit_widths: widths that step sizes are kept for (K of them).
+    weight_bit_widths, activation_bit_widths: widths that leaves are kept for (K of them).
     signed: whether the activations can be negative.
     in_float: per path, whether it is left in float.
     kind: "dense", "conv" or "depthwise".
@@ -43,6 +43,19 @@ class LayerSpec(NamedTuple):
     channels: int | None
 
 
+def leaf_paths(spec: LayerSpec, quantizer: Quantizer, kind: str, which: str = "all") -> dict[str, str]:
+    """{leaf name: its path in the parameter tree} of a layer's quantizer leaves.
+
+    kind: "weight" or "activation". which: "leaves" (trained by gradients), "state" (not), or "all". Empty for a layer
+    that is left in float.
+    """
+    if all(spec.in_float):
+        return {}
+    tensor: TensorQuantizer = getattr(quantizer, kind)
+    names = (*tensor.leaves, *tensor.state) if which == "all" else getattr(tensor, which)
+    return {name: spec.names[kind] + name for name in names}
+
+
 class Site(NamedTuple):
     """What one trace tells of a leaf: its calls, and the shapes of their operands."""
 
@@ -57,6 +70,17 @@ def check_widths(widths: Sequence[int], what: str) -> tuple[int, ...]:
     if not widths or len(set(widths)) < len(widths) or not all(2 <= b <= MAX_BITS for b in widths):
         raise Refusal(f"{what} {widths} must be distinct integers from 2 to {MAX_BITS}, e.g. (2, 3, 4, 5, 6)")
     return tuple(sorted(widths))
+
+
+def check_grids(specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> None:
+    """Raises Refusal for a layer with bit-widths that the quantizer has no grid for."""
+    for spec in specs.values():
+        widest = max((*spec.weight_bit_widths, *spec.activation_bit_widths), default=0)
+        if widest > quantizer.max_bits:
+            raise Refusal(
+                f"layer {spec.paths[0]!r} may get {widest} bits, {quantizer.name} has grids of up to "
+                f"{quantizer.max_bits}; give it fewer, or choose another quantizer, e.g. --quantizer lsq"
+            )
 
 
 def interpreted(seam, variables, values, handler, inputs, kwargs, mutable, rngs):
@@ -175,7 +199,7 @@ def choice_of(path: str, paths: Sequence[str], rules: Rules, ends: Bits | None, 
     return value
 
 
-def spec_of(leaf, site: Site, paths, choices, signed, quantizer) -> LayerSpec:
+def spec_of(leaf, site: Site, paths, choices, signed) -> LayerSpec:
     call = site.calls[0]
     weight_widths: set[int] = set()
     activation_widths: set[int] = set()

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from mpq_jax.types import Decoding
+
 
 @jax.custom_jvp
 def round_straight_through(x: jax.Array) -> jax.Array:
@@ -15,6 +17,18 @@ def round_straight_through(x: jax.Array) -> jax.Array:
 @round_straight_through.defjvp
 def _(primals, tangents):
     return jnp.round(primals[0]), tangents[0]
+
+
+@jax.custom_jvp
+def straight_through(on_grid: jax.Array, smooth: jax.Array) -> jax.Array:
+    """The value of `on_grid`, to the last bit, with the derivative of `smooth` (same shape and dtype)."""
+    del smooth
+    return on_grid
+
+
+@straight_through.defjvp
+def _(primals, tangents):
+    return primals[0], tangents[1]
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -46,6 +60,15 @@ def at_bits(values: jax.Array, bit_widths: Sequence[int], bits: jax.Array) -> ja
     hit = jnp.asarray(bit_widths, jnp.int32) == bits
     chosen = jnp.tensordot(hit.astype(values.dtype), values, axes=1)
     return jnp.where(hit.any(), chosen, jnp.nan)
+
+
+def decode(codes: jax.Array, decoding: Decoding) -> jax.Array:
+    """Integer codes back to the values they stand for; codes: int [...]. Returns the shape of the codes."""
+    if decoding.table is None:
+        return (codes + decoding.offset) * decoding.scale
+    if decoding.table.ndim == 1:
+        return decoding.table[codes]
+    return jnp.take_along_axis(decoding.table, codes[None], axis=0)[0]
 
 
 def sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Optimizers: weights and step sizes each have their own."""
+"""Optimizers: weights and step sizes (or whatever positive leaves a quantizer trains) each have their own."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mpq_jax.layers import leaf_paths
 from mpq_jax.types import QuantizedModel
 
 
@@ -34,24 +35,30 @@ def keep_positive() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def step_size_leaves(model: QuantizedModel) -> tuple[str, ...]:
-    """Prefixes of the paths of the quantizer's leaves in the parameter tree."""
-    return tuple(name for spec in model.specs.values() for name in spec.names.values())
+def quantizer_leaves(model: QuantizedModel, which: str) -> frozenset[str]:
+    """Paths of the quantizer's leaves in the parameter tree: "leaves", trained by gradients, or "state", which are not."""
+    return frozenset(
+        path
+        for spec in model.specs.values()
+        for kind in spec.names
+        for path in leaf_paths(spec, model.quantizer, kind, which).values()
+    )
 
 
 def partition(
     model: QuantizedModel, weights: optax.GradientTransformation, step_sizes: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """`step_sizes` for the quantizer's leaves, `weights` for all else."""
-    prefixes = step_size_leaves(model)
+    """`step_sizes` for the quantizer's trained leaves, nothing for its state leaves, `weights` for all else."""
+    trained, state = quantizer_leaves(model, "leaves"), quantizer_leaves(model, "state")
 
     def label(path: Iterable[Any], _: Any) -> str:
         # The tree is (params, affine): the first key is the position in that pair.
         keys = "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in list(path)[1:])
-        return "step_sizes" if keys.startswith(prefixes) else "weights"
+        return "step_sizes" if keys in trained else "state" if keys in state else "weights"
 
     return optax.partition(
-        {"weights": weights, "step_sizes": step_sizes}, lambda tree: jax.tree_util.tree_map_with_path(label, tree)
+        {"weights": weights, "step_sizes": step_sizes, "state": optax.set_to_zero()},
+        lambda tree: jax.tree_util.tree_map_with_path(label, tree),
     )
 
 

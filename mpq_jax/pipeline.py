@@ -16,13 +16,14 @@ import numpy as np
 
 from mpq_jax import __version__, costs, flax_seam, importance, joint, policy, report, stages
 from mpq_jax.config import Config
-from mpq_jax.criteria.learned import learned
+from mpq_jax.criteria.learned import learned, unlearnable
 from mpq_jax.files import read_json, write_json
+from mpq_jax.layers import leaf_paths
 from mpq_jax.numerics import at_bits
 from mpq_jax.search import best_uniform, random_policies
 from mpq_jax.search.constraints import check_search_rules
 from mpq_jax.types import Bits, Budget, Importance, Policy, QuantizedModel, Refusal
-from mpq_jax.workdir import importance_of
+from mpq_jax.workdir import importance_of, latest_step
 
 # (name, policies that its row is the mean of)
 Contestant = tuple[str, list[dict[str, Bits]]]
@@ -35,19 +36,29 @@ def learn_float(config: Config, workdir: Path) -> tuple[stages.Run, Mapping[str,
     widths = run.model.bit_widths, run.model.activation_bit_widths
     check_search_rules(config.search.rules, Importance("none yet", *widths, run.model.layers, None, None))
     print(f"{config.model.name} on {config.data.name}: {searched} of {len(run.model.layers)} layers are searched")
+    if reason := unlearnable(run.model.quantizer):
+        print(f"note: joint training of this run will make no importance.json: {reason}")
     variables = stages.pretrain(run)
     loss, accuracy = _evaluated(run, variables, None, "validation")
     print(f"float: validation accuracy {accuracy:.2%}, loss {loss:.4f}")
     return run, variables
 
 
-def learn(config: Config, workdir: Path) -> Importance:
-    """Float training, joint training, and <workdir>/importance.json. Resumes where it stopped."""
+def learn(config: Config, workdir: Path) -> Importance | None:
+    """Float training, joint training, and <workdir>/importance.json. Resumes where it stopped.
+
+    A quantizer without learned indicators is trained all the same, for other criteria and for fine-tuning: then there is
+    no importance.json, and None comes back.
+    """
     alpha = _alpha(config.joint.alpha)
     run, variables = learn_float(config, workdir)
+    reason = unlearnable(run.model.quantizer)
     searched = sum(layer.searched for layer in run.model.layers)
     start = stages.calibrated(run, variables)
     state, log = stages.joint_train(run, start)
+    if reason:
+        print(f"joint training is done: {workdir}")
+        return None
     end = joint.row_variables(state, 0, averaged=True)
     table, outliers = importance.repair(learned(run.model, end, log))
     table = table._replace(alpha=alpha if alpha is not None else table.alpha, rules=config.search.rules)
@@ -99,7 +110,7 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
     float_variables = stages.pretrain(run)
     start = stages.calibrated(run, float_variables)
     # Without joint training there is nothing that it left: fine-tuning and figures start from calibration.
-    joined = (workdir / "importance.json").is_file()
+    joined = latest_step(workdir / "joint") is not None
     joint_state = stages.joint_train(run, start)[0] if joined else None
     contestants: list[Contestant] = [("mixed", [mixed])]
     if config.finetune.compare and budgets:
@@ -197,19 +208,18 @@ def _grids(model: QuantizedModel, variables: Mapping[str, Any], table: Importanc
     for layer in (searched[0], searched[-1]) if len(searched) > 1 else searched:
         spec = next(s for s in model.specs.values() if layer.path in s.paths)
         bits = min(spec.weight_bit_widths, key=lambda b: abs(b - middle))
-        flat = flax_seam.flatten(variables["params"])
+        flat, quantizer = flax_seam.flatten(variables["params"]), model.quantizer.weight
         position = np.unravel_index(spec.paths.index(layer.path), spec.stack) if spec.stack else ()
         values = {
-            path[len(spec.names["weight"]) :]: at_bits(leaf[position], spec.weight_bit_widths, jnp.int32(bits))
-            for path, leaf in flat.items()
-            if path.startswith(spec.names["weight"])
+            name: at_bits(flat[path][position], spec.weight_bit_widths, jnp.int32(bits))
+            for name, path in leaf_paths(spec, model.quantizer, "weight").items()
         }
-        kernel = flat[spec.leaf][position]
         if any(v.ndim for v in values.values()):
             continue  # one grid per output channel has no one picture
-        codes = model.quantizer.weight.encode(kernel, values, jnp.int32(bits), True)
-        step_size = float(model.quantizer.weight.indicator(values, jnp.int32(bits), True))
-        grids.append(report.Grid(layer.path, bits, step_size, np.ravel(kernel), np.ravel(codes)))
+        at = (flat[spec.leaf][position], values, jnp.int32(bits), True)
+        codes, decoding = quantizer.encode(*at), quantizer.decoding(*at)
+        step_size, offset = float(decoding.scale), float(decoding.offset)
+        grids.append(report.Grid(layer.path, bits, step_size, np.ravel(at[0]), np.ravel(codes), offset))
     return grids
 
 

@@ -1,4 +1,7 @@
-"""quantize(model, ...): finds the layers of an unmodified Flax model, and makes bits and step sizes its arguments."""
+"""quantize(model, ...): finds the layers of an unmodified Flax model, and makes bits and step sizes its arguments.
+
+"Leaves" are what a quantizer keeps for each layer and bit-width: step sizes for LSQ, others for other methods.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,8 +12,8 @@ import jax.numpy as jnp
 from mpq_jax import flax_seam, ops
 from mpq_jax.interpret import Call
 from mpq_jax.layers import (
-    MAX_BITS,
     LayerSpec,
+    check_grids,
     check_reached,
     check_widths,
     choice_of,
@@ -19,10 +22,10 @@ from mpq_jax.layers import (
     interpreted,
     layer_paths,
     layer_table,
+    leaf_paths,
     spec_of,
 )
-from mpq_jax.mixture import mixture, one_hot
-from mpq_jax.numerics import at_bits, wide
+from mpq_jax.operands import gathered, operand_of, tapped
 from mpq_jax.quantizers import lsq
 from mpq_jax.rules import Candidates, Rules, check_rules
 from mpq_jax.types import Bits, Layer, Policy, QuantizedModel, Quantizer, Refusal
@@ -81,7 +84,8 @@ def quantize(
     choices = {
         path: choice_of(path, every_path, rules, ends, Candidates(widths, activation_widths)) for path in every_path
     }
-    specs = {leaf: spec_of(leaf, site, paths[leaf], choices, signed, quantizer) for leaf, site in sites.items()}
+    specs = {leaf: spec_of(leaf, site, paths[leaf], choices, signed) for leaf, site in sites.items()}
+    check_grids(specs, quantizer)
     batch = inputs[0].shape[0] if inputs and len(getattr(inputs[0], "shape", ())) else 1
     layers = layer_table(sites, specs, choices, order, batch, Candidates(widths, activation_widths), tie_activations)
     if count_products:
@@ -97,21 +101,21 @@ def quantize(
         mutable=False,
         rngs=None,
         kernels: ops.Kernels = "rows",
-        with_error=False,
+        terms: Sequence[str] = (),
         float_bits=False,
         **kwargs,
     ):
-        values = {} if policy is None else _values(specs, variables, policy)
-        handler = _quantizing(specs, quantizer, kernels, with_error, float_bits)
+        values = {} if policy is None else _values(specs, quantizer, variables, policy)
+        handler = _quantizing(specs, quantizer, kernels, terms, float_bits)
         outputs, updates, taps = walk(variables, values, handler, inputs, kwargs, mutable, rngs)
         result = (outputs, updates) if mutable else (outputs,)
-        if with_error:
-            result += (sum(_error_of(specs[leaf], tap) for (leaf, _), tap in taps.items()),)
+        if terms:
+            result += ({term: gathered(term, specs, quantizer, taps) for term in terms},)
         return result if len(result) > 1 else outputs
 
     def calibrate(variables, *inputs, **kwargs):
         _, _, taps = walk(variables, {}, _calibrating(specs, quantizer), inputs, kwargs)
-        return _with_leaves(specs, variables, taps)
+        return _with_leaves(specs, quantizer, variables, taps)
 
     return QuantizedModel(
         layers=layers,
@@ -138,7 +142,9 @@ def _only(variables: Mapping[str, Any], float_paths: frozenset[str]) -> dict[str
     return {**variables, "params": flax_seam.unflatten(params)}
 
 
-def learned_leaves(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def learned_leaves(
+    specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """leaf -> {"weight": {name: [*stack, K, ...]}, "activation": ...}, of the leaves that are not all in float.
 
     What `QuantizedModel.walk` takes as values, for handlers that put something else in the place of a layer.
@@ -149,19 +155,24 @@ def learned_leaves(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any])
     for leaf, spec in specs.items():
         if all(spec.in_float):
             continue
-        chosen = {
-            kind: {path[len(name) :]: leaf for path, leaf in flat.items() if path.startswith(name)}
-            for kind, name in spec.names.items()
-        }
-        if not all(chosen.values()):
-            raise Refusal(f"layer {spec.paths[0]!r} has no step sizes yet; call calibrate(variables, batch) first")
+        chosen: dict[str, Any] = {}
+        for kind in spec.names:
+            paths = leaf_paths(spec, quantizer, kind)
+            if missing := [path for path in paths.values() if path not in flat]:
+                raise Refusal(
+                    f"layer {spec.paths[0]!r} has no {missing[0]!r}, which {quantizer.name} needs; "
+                    "call calibrate(variables, batch) first"
+                )
+            chosen[kind] = {name: flat[path] for name, path in paths.items()}
         values[leaf] = chosen
     return values
 
 
-def _values(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
+def _values(
+    specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Mapping[str, Any], policy: Policy
+) -> dict[str, Any]:
     """The quantizer's leaves and, beside them, "bits": Bits([*stack], [*stack])."""
-    values = learned_leaves(specs, variables)
+    values = learned_leaves(specs, quantizer, variables)
     return {leaf: value | {"bits": _stack_bits(specs[leaf], policy)} for leaf, value in values.items()}
 
 
@@ -185,74 +196,14 @@ def _stack_bits(spec: LayerSpec, policy: Policy) -> Bits:
     return Bits(jnp.stack(w).reshape(*spec.stack, *w[0].shape), a.reshape(spec.stack))
 
 
-def _broadcast(value: jax.Array, weight: jax.Array, channel_axes: Sequence[int]) -> jax.Array:
-    """[] stays; [C], one entry an output channel, takes the weight operand's rank."""
-    if value.ndim == 0:
-        return value
-    return value.reshape([n if i in channel_axes else 1 for i, n in enumerate(weight.shape)])
-
-
-# (tensor, bits) -> the tensor on its grid
-Grid = Callable[[jax.Array, Any], jax.Array]
-
-
-def grids(
-    spec: LayerSpec, quantizer: Quantizer, call: Call, weight: jax.Array, value: Mapping[str, Any]
-) -> tuple[Grid, Grid]:
-    """The grids of one layer's weight operand and of its activations, as functions (x, bits) -> x_hat. Bits of
-    weights are [], or [C], one for each output channel.
-
-    value: the layer's entry of `learned_leaves`, the part of its own place in the stack.
-    """
-
-    def place(leaf):
-        return _broadcast(leaf, weight, call.channel_axes)
-
-    def weight_grid(x, bits):
-        if jnp.ndim(bits):
-            return _by_channel(quantizer, spec, value["weight"], x, bits, place)
-        at = {k: place(at_bits(v, spec.weight_bit_widths, bits)) for k, v in value["weight"].items()}
-        return quantizer.weight.fake_quant(x, values=at, bits=bits, signed=True)
-
-    def activation_grid(x, bits):
-        at = {k: at_bits(v, spec.activation_bit_widths, bits) for k, v in value["activation"].items()}
-        return quantizer.activation.fake_quant(x, values=at, bits=bits, signed=spec.signed)
-
-    return weight_grid, activation_grid
-
-
-def _by_channel(quantizer: Quantizer, spec: LayerSpec, leaves, x: jax.Array, bits: jax.Array, place) -> jax.Array:
-    """A weight with bits [C], each output channel on a grid of its own.
-
-    Every width's grid is made of the whole tensor, and each channel takes its own: for any quantizer the same values,
-    and gradients, as the whole layer at that width.
-    """
-    widths = spec.weight_bit_widths
-    shares = jax.vmap(place)(one_hot(bits, widths))
-    on_grids = mixture(quantizer.weight, x, leaves, widths, shares, True, place)
-    return jnp.where(shares.any(0), on_grids, jnp.nan)  # as in at_bits
-
-
-def _relative_error(on_grid: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """mean (x_hat - x)^2 / mean x^2, []. Its gradient reaches the step size only."""
-    x = wide(jax.lax.stop_gradient(x))
-    power = jnp.square(x).mean()
-    return jnp.square(on_grid(x) - x).mean() / jnp.where(power > 0, power, 1)
-
-
-def _error_of(spec: LayerSpec, tap: jax.Array) -> jax.Array:
-    """Sum over the layers of a stack, mean over repeated runs of the same layer. []"""
-    return tap.mean(axis=spec.shared).sum() if spec.shared else tap.sum()
-
-
 def _quantizing(
     specs: Mapping[str, LayerSpec],
     quantizer: Quantizer,
     kernels: ops.Kernels,
-    with_error: bool,
+    terms: Sequence[str],
     float_bits: bool = False,
 ) -> Callable[..., Any]:
-    """The handler of `apply`: both operands on their grids, then the product; taps their relative errors if asked.
+    """The handler of `apply`: both operands on their grids, then the product; taps the terms that are asked for.
 
     float_bits: bits above MAX_BITS leave an operand in float, in layers that no rule left in float too. For
     evaluation: the gradient of an operand that was left so is not defined.
@@ -263,23 +214,17 @@ def _quantizing(
         product = ops.contract(call.primitive, call.params, kernels)
         if value is None:  # left in float by a rule, or the whole model run in float
             return product(lhs, rhs), None
-        operands = [lhs, rhs]
-        bits: Bits = value["bits"]
-        weight, activation = operands[call.weight_side], operands[1 - call.weight_side]
-        weight_grid, activation_grid = grids(spec, quantizer, call, weight, value)
-        w_hat, a_hat = weight_grid(weight, bits.w), activation_grid(activation, bits.a)
-        if float_bits or any(spec.in_float):
-            in_float = _broadcast(bits.w > MAX_BITS, weight, call.channel_axes)
-            w_hat, a_hat = jnp.where(in_float, weight, w_hat), jnp.where(bits.a > MAX_BITS, activation, a_hat)
-        operands[call.weight_side], operands[1 - call.weight_side] = w_hat, a_hat
-        if not with_error:
-            return product(*operands), None
-        # An eighth of the batch is enough to tell an activation's error.
-        sample = activation[: max(1, activation.shape[0] // 8)]
-        error = _relative_error(lambda x: weight_grid(x, bits.w), weight)
-        return product(*operands), error + _relative_error(lambda x: activation_grid(x, bits.a), sample)
+        inputs = [lhs, rhs]
+        x = {"weight": inputs[call.weight_side], "activation": inputs[1 - call.weight_side]}
+        operands = {kind: operand_of(call, spec, quantizer, kind, x[kind], value, float_bits) for kind in x}
+        inputs[call.weight_side], inputs[1 - call.weight_side] = (each.on_grid() for each in operands.values())
+        tap = {term: tapped(term, operands, value) for term in terms}
+        return product(*inputs), tap or None
 
     return handler
+
+
+# ---- calibrating --------------------------------------------------------------------------------------------------
 
 
 def _calibrating(specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> Callable[..., Any]:
@@ -300,15 +245,15 @@ def _calibrating(specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> Callab
     return handler
 
 
-def _with_leaves(specs: Mapping[str, LayerSpec], variables: Mapping[str, Any], taps: Mapping[Any, Any]) -> Any:
+def _with_leaves(
+    specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Mapping[str, Any], taps: Mapping[Any, Any]
+) -> Any:
     """The variables with the tapped start values beside their parameters; several calls of a layer are averaged."""
     flat = flax_seam.flatten(variables["params"])
     for leaf, spec in specs.items():
         calls = [tap for (tapped, _), tap in taps.items() if tapped == leaf]
-        for kind, name in spec.names.items():
-            for value in calls[0][kind] if calls else ():
-                each = [
-                    call[kind][value].mean(axis=spec.shared) if spec.shared else call[kind][value] for call in calls
-                ]
-                flat[name + value] = sum(each) / len(each)
+        for kind in spec.names if calls else ():
+            for name, path in leaf_paths(spec, quantizer, kind).items():
+                each = [call[kind][name].mean(axis=spec.shared) if spec.shared else call[kind][name] for call in calls]
+                flat[path] = sum(each) / len(each)
     return {**variables, "params": flax_seam.unflatten(flat)}

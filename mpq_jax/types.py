@@ -144,37 +144,66 @@ class Solution(NamedTuple):
         return apart / abs(self.objective) if apart and self.objective else apart
 
 
+class Decoding(NamedTuple):
+    """How integer codes become values again (`numerics.decode`): table[code], or without a table scale * (code + offset).
+
+    scale, offset: broadcast with the codes.
+    table: [levels, ...], the value of every code; its other axes broadcast with the codes.
+    """
+
+    scale: Any = None
+    offset: Any = 0.0
+    table: Any = None
+
+
 class TensorQuantizer(NamedTuple):
     """How one kind of tensor (weights, or activations) is quantized: pure functions.
 
-    Arguments common to all: `x` the float tensor; `values` the quantizer's learned leaves *at one bit-width* (for LSQ
-    {"step_size": []} or [C] per channel, shaped to broadcast with x); `bits` an int32 scalar, traced;
-    `signed` a Python bool.
+    Arguments common to all: `x` the float tensor; `values` the quantizer's leaves *at one bit-width* (for LSQ
+    {"step_size": []} or, per output channel, [C] shaped to broadcast with x); `bits` an int32 scalar, traced; `signed`
+    a Python bool.
 
-    init(x, bit_widths, signed, channel_axes) -> {leaf: [K] or [K, C]}: start values from a tensor, all K widths.
+    leaves: names of the leaves that gradients train; all of them are positive, and optimizers keep them so.
+    state: names of the leaves that no gradient moves, but `update`.
+    init(x, bit_widths, signed, channel_axes) -> {leaf: [K, ...]}: start values from a tensor, all K widths. A leaf of
+        weights that has more axes holds an entry an output channel on its last one.
     fake_quant(x, values, bits, signed) -> x_hat: float to float on the grid, with the method's gradients.
     encode(x, values, bits, signed) -> codes: float to integer codes (int32).
-    decode(codes, values) -> x_hat: integer codes back to the grid.
-    indicator(values, bits, signed) -> []: the learned indicator, the grid's spacing in input units.
+    decoding(x, values, bits, signed) -> Decoding: what turns those codes into x_hat again.
+    indicator(values, bits, signed) -> []: the learned indicator, the grid's spacing in input units; None where there
+        is no such thing to learn.
+    fit(x, values, bits, signed) -> x_hat in the units of x, with the gradients to the leaves that mean (x_hat - x)^2 is
+        to be lowered by. Not asked for where `leaves` is empty.
+    penalty(values, bits, signed) -> []: a term of the loss, for each time the layer is used; None: none.
+    update(x, values, bits, signed) -> {state leaf: its next value}, once a training step; None where there is no state.
     """
 
+    leaves: tuple[str, ...]
+    state: tuple[str, ...]
     init: Callable[..., dict[str, Any]]
     fake_quant: Callable[..., Any]
     encode: Callable[..., Any]
-    decode: Callable[..., Any]
-    indicator: Callable[..., Any]
+    decoding: Callable[..., Decoding]
+    indicator: Callable[..., Any] | None
+    fit: Callable[..., Any] | None = None
+    penalty: Callable[..., Any] | None = None
+    update: Callable[..., dict[str, Any]] | None = None
 
 
 class Quantizer(NamedTuple):
-    """A quantization method: one TensorQuantizer for weights, one for activations."""
+    """A quantization method: one TensorQuantizer for weights, one for activations.
+
+    max_bits: the widest grid that it has.
+    """
 
     name: str
     weight: TensorQuantizer
     activation: TensorQuantizer
+    max_bits: int = 16
 
 
 class QuantizedModel(NamedTuple):
-    """A Flax model, unmodified, with bits and step sizes as arguments.
+    """A Flax model, unmodified, with bits and the quantizer's leaves as arguments.
 
     layers: the layer table in execution order, fixed and float layers included.
     specs: parameter leaf path -> layers.LayerSpec: what applying needs to know of the layers that the leaf holds.
@@ -182,8 +211,9 @@ class QuantizedModel(NamedTuple):
     bit_widths, activation_bit_widths: the global candidates.
     quantizer: the method.
     variables: the float model's own variables where it carries them (NNX), else None (Linen: from its `init`).
-    apply(variables, policy, *inputs, mutable=False, rngs=None, **kwargs) -> outputs, or (outputs, updates) as Linen's.
-        A policy of None runs the float model.
+    apply(variables, policy, *inputs, mutable=False, rngs=None, terms=(), **kwargs) -> outputs, or (outputs, updates) as
+        Linen's. A policy of None runs the float model. With `terms` (of "error", "penalty", "state") one more result,
+        {term: value}: what the quantizers measured on the way; see `operands.TERMS`.
     calibrate(variables, *inputs, **kwargs) -> variables with the quantizer's leaves set from one batch.
     walk(variables, values, handler, inputs, kwargs, mutable, rngs) -> (outputs, updates, taps): what the two above
         are made of, for criteria that put something else in the place of a layer.

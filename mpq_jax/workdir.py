@@ -76,7 +76,7 @@ def check_policy(workdir: Path, policy: str | Path, start: str) -> None:
     from mpq_jax.policy import load_policy
 
     importance = load_importance(importance_of(workdir, policy))
-    if start == "joint" and not (workdir / "importance.json").is_file():
+    if start == "joint" and latest_step(workdir / "joint") is None:
         raise Refusal(
             f"fine-tuning starts from the joint model, and joint training is not done in {workdir}; "
             "add --finetune.start float, or run train.py without --policy first"

@@ -94,7 +94,7 @@ def test_apply_equals_channels_one_by_one(net, per_channel):
         )
         return ops.contract(call.primitive, call.params, "plain")(*operands), None
 
-    values = learned_leaves(quantized.specs, variables)
+    values = learned_leaves(quantized.specs, quantized.quantizer, variables)
     expected, _, _ = quantized.walk(variables, values, product_of_ready_kernels, (IMAGES,), {})
     np.testing.assert_allclose(quantized.apply(variables, chosen, IMAGES), expected, rtol=1e-4, atol=1e-5)
     coarser = chosen | {"conv": Bits((2,) * 6, chosen["conv"].a)}

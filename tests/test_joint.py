@@ -57,7 +57,7 @@ def test_losses_of_rows_equal_numpy(net):
     quantized, variables = net
     state = joint.init_state(variables, SGD, 3)
     policies = uniform(quantized)
-    total, (losses, stats) = joint.joint_loss(quantized, TASK, state.params, state.rows, policies, BATCH)
+    total, (losses, stats, _) = joint.joint_loss(quantized, TASK, state.params, state.rows, policies, BATCH)
     for i in range(3):
         logits, updates = quantized.apply(
             variables, row_of(policies, i), BATCH["image"], train=True, mutable=["batch_stats"]
@@ -131,7 +131,7 @@ def test_distillation(net):
     state = joint.init_state(variables, SGD, 3)
     policies = uniform(quantized)
     args = (quantized, TASK, state.params, state.rows, policies)
-    _, (plain, _) = joint.joint_loss(*args, BATCH)
+    _, (plain, *_) = joint.joint_loss(*args, BATCH)
     logits = [
         np.asarray(
             quantized.apply(variables, row_of(policies, i), BATCH["image"], train=True, mutable=["batch_stats"])[0],
@@ -148,12 +148,12 @@ def test_distillation(net):
         t, s = log_softmax(teacher), log_softmax(student)
         return (np.exp(t) * (t - s)).sum(-1).mean()
 
-    _, (mixed, _) = joint.joint_loss(*args, BATCH, distill=joint.Distill(0.3))
+    _, (mixed, *_) = joint.joint_loss(*args, BATCH, distill=joint.Distill(0.3))
     expected = [0.7 * plain[i] + 0.3 * kl(logits[2], logits[i]) for i in range(2)] + [plain[2]]
     np.testing.assert_allclose(mixed, expected, rtol=1e-4)
     teacher = np.random.default_rng(5).normal(size=logits[0].shape)
     given = {**BATCH, "teacher": jnp.asarray(teacher, jnp.float32)}
-    _, (mixed, _) = joint.joint_loss(*args, given, distill=joint.Distill(0.3, "given"))
+    _, (mixed, *_) = joint.joint_loss(*args, given, distill=joint.Distill(0.3, "given"))
     np.testing.assert_allclose(mixed, [0.7 * plain[i] + 0.3 * kl(teacher, logits[i]) for i in range(3)], rtol=1e-4)
 
 
@@ -187,8 +187,8 @@ def test_error_term_in_numpy(net):
 
     for i in range(3):
         seen.clear()
-        real = module._quantizing(quantized.specs, quantized.quantizer, "plain", False)
-        values = module._values(quantized.specs, variables, policy[i])
+        real = module._quantizing(quantized.specs, quantized.quantizer, "plain", ())
+        values = module._values(quantized.specs, quantized.quantizer, variables, policy[i])
         quantized.walk(variables, values, spy, (BATCH["image"],), {"train": True}, ["batch_stats"])
         for leaf, x, w in seen:
             spec = quantized.specs[leaf]
@@ -310,8 +310,8 @@ def test_batch_statistics_are_the_batches_own(net):
     from mpq_jax import quantize as module
 
     for i in range(3):
-        real = module._quantizing(quantized.specs, quantized.quantizer, "plain", False)
-        values = module._values(quantized.specs, variables, row_of(policies, i))
+        real = module._quantizing(quantized.specs, quantized.quantizer, "plain", ())
+        values = module._values(quantized.specs, quantized.quantizer, variables, row_of(policies, i))
         quantized.walk(variables, values, spy, (BATCH["image"],), {"train": True}, ["batch_stats"])
         out = seen["conv/kernel"]
         np.testing.assert_allclose(found["bn"]["mean"][i], out.mean((0, 1, 2)), rtol=1e-3, atol=1e-5)

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax import flax_seam
-from mpq_jax.types import Importance, Layer, QuantizedModel, Refusal
+from mpq_jax.layers import leaf_paths
+from mpq_jax.types import Importance, Layer, QuantizedModel, Quantizer, Refusal
+
+OTHERS = ("hawq", "hawq_v2", "mpqco", "output_fisher", "regression", "one_at_a_time")
 
 
 class RowLog(NamedTuple):
@@ -40,6 +43,17 @@ def load_rows(path: str | Path, layers: Sequence[Layer]) -> RowLog:
     return RowLog(step, assignment, loss, uniform.mean(-1))
 
 
+def unlearnable(quantizer: Quantizer) -> str | None:
+    """Why a quantizer has no learned indicators, and what to do; None where it has."""
+    for kind in ("weight", "activation"):
+        if getattr(quantizer, kind).indicator is None:
+            return (
+                f"{quantizer.name} learns no spacing for its {kind} grids, so there are no learned indicators; choose "
+                f"another criterion ({', '.join(OTHERS)}; search.py --criterion NAME), or train with --quantizer lsq"
+            )
+    return None
+
+
 def learned(model: QuantizedModel, variables: Mapping[str, Any], log: RowLog | None = None) -> Importance:
     """Importance from the step sizes in a parameter tree (files are not needed: any tree with those leaves will do).
 
@@ -47,7 +61,10 @@ def learned(model: QuantizedModel, variables: Mapping[str, Any], log: RowLog | N
     sum_l (s_a[l, j] + alpha s_w[l, i]); for other quantizers, their grid's spacing in input units.
     log: with it alpha is fitted (`fit_alpha`), else None.
     Entries at bit-widths that a rule took from a layer repeat the largest of the row: no reader may prefer them.
+    Raises Refusal for a quantizer that has none (PACT: its weights, as DoReFa's, have nothing to learn).
     """
+    if reason := unlearnable(model.quantizer):
+        raise Refusal(reason)
     tables = {
         kind: np.stack([_row(model, variables, layer, kind) for layer in model.layers if layer.searched])
         for kind in ("weight", "activation")
@@ -73,12 +90,13 @@ def _row(model: QuantizedModel, variables: Mapping[str, Any], layer: Layer, kind
     quantizer = model.quantizer.weight if weight else model.quantizer.activation
     position = np.unravel_index(spec.paths.index(layer.path), spec.stack) if spec.stack else ()
     flat = flax_seam.flatten(variables["params"])
-    name = spec.names[kind]
-    leaves = {path[len(name) :]: np.asarray(leaf)[position] for path, leaf in flat.items() if path.startswith(name)}
+    paths = leaf_paths(spec, model.quantizer, kind)
+    leaves = {name: np.asarray(flat[path])[position] for name, path in paths.items()}
 
     def indicator(bits: int) -> float:
         at = {key: jnp.asarray(leaf[held.index(bits)]) for key, leaf in leaves.items()}
-        return float(quantizer.indicator(at, bits, weight or spec.signed))
+        assert quantizer.indicator is not None
+        return float(quantizer.indicator(at, jnp.int32(bits), weight or spec.signed))
 
     known = {bits: indicator(bits) for bits in own}
     return np.array([known.get(bits, max(known.values())) for bits in every])

@@ -16,7 +16,8 @@ from mpq_jax import ops
 from mpq_jax.criteria import Measured, sites
 from mpq_jax.joint import Batch, Task
 from mpq_jax.numerics import wide
-from mpq_jax.quantize import grids, learned_leaves
+from mpq_jax.operands import grids
+from mpq_jax.quantize import learned_leaves
 from mpq_jax.types import QuantizedModel
 
 # (dL/dY, dY_b) -> []
@@ -61,7 +62,9 @@ def make_probes(model: QuantizedModel, task: Task, statistic: Statistic):
         return task.loss(outputs, batch)
 
     def probes(variables, batch):
-        values = {leaf: v for leaf, v in learned_leaves(model.specs, variables).items() if leaf in leaves}
+        values = {
+            leaf: v for leaf, v in learned_leaves(model.specs, model.quantizer, variables).items() if leaf in leaves
+        }
         nothing = {
             leaf: {kind: jnp.zeros((*spec.stack, len(getattr(spec, f"{kind}_bit_widths")))) for kind in sites.KINDS}
             for leaf, spec in leaves.items()

@@ -12,7 +12,8 @@ from mpq_jax import ops
 from mpq_jax.joint import Batch, Task
 from mpq_jax.layers import LayerSpec
 from mpq_jax.numerics import wide
-from mpq_jax.quantize import grids, learned_leaves
+from mpq_jax.operands import grids
+from mpq_jax.quantize import learned_leaves
 from mpq_jax.types import Importance, QuantizedModel, Refusal
 
 KINDS = ("weight", "activation")
@@ -98,7 +99,9 @@ def make_squared_errors(model: QuantizedModel, task: Task):
         }
 
     def errors(variables, batch):
-        values = {leaf: v for leaf, v in learned_leaves(model.specs, variables).items() if leaf in leaves}
+        values = {
+            leaf: v for leaf, v in learned_leaves(model.specs, model.quantizer, variables).items() if leaf in leaves
+        }
         inputs = task.inputs(batch)
         taps = model.walk(variables, values, handler, inputs, task.eval_kwargs)[2]
         samples = inputs[0].shape[0]

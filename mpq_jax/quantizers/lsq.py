@@ -7,18 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from mpq_jax.numerics import integer_range, round_straight_through, sum_to, wide
-from mpq_jax.types import Quantizer, TensorQuantizer
+from mpq_jax.quantizers.starts import check_start, same_spacing
+from mpq_jax.types import Decoding, Quantizer, TensorQuantizer
 
-STARTS = ("statistics", "same")
+EWGS_DELTA = 1e-3
 
 
-@jax.custom_vjp
-def fake_quant(x: jax.Array, step_size: jax.Array, q_n: jax.Array, q_p: jax.Array, g: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def fake_quant(
+    x: jax.Array, step_size: jax.Array, q_n: jax.Array, q_p: jax.Array, g: jax.Array, delta: float = 0.0
+) -> jax.Array:
     """x_hat = round(clip(x / s, -Q_N, Q_P)) * s, with the gradients of LSQ (equations 1 to 5).
 
     x: [...]; step_size: broadcasts with x, positive; q_n, q_p, g: []. Returns x's shape and dtype.
     d x_hat / d x = 1 inside the range, else 0.
     d x_hat / d s = g * (round(x/s) - x/s inside, -Q_N below, Q_P above).
+    delta: not 0, the rounding passes its gradient G on as  G (1 + delta sign(G) (v - round v)), v = x/s  (Lee et al.,
+    "Network Quantization with Element-wise Gradient Scaling", CVPR 2021) in place of G: the straight-through estimator.
     One custom rule instead of a chain of small ones: both gradients come from one pass over x, and nothing but x is
     kept for it.
     """
@@ -26,16 +31,21 @@ def fake_quant(x: jax.Array, step_size: jax.Array, q_n: jax.Array, q_p: jax.Arra
     return (jnp.round(jnp.clip(v, -q_n, q_p)) * step_size).astype(x.dtype)
 
 
-def _forward(x, step_size, q_n, q_p, g):
-    return fake_quant(x, step_size, q_n, q_p, g), (x, step_size, q_n, q_p, g)
+def _forward(x, step_size, q_n, q_p, g, delta):
+    return fake_quant(x, step_size, q_n, q_p, g, delta), (x, step_size, q_n, q_p, g)
 
 
-def _backward(residuals, gradient):
+def _backward(delta, residuals, gradient):
     x, step_size, q_n, q_p, g = residuals
     v = wide(x) / step_size
     inside = (v >= -q_n) & (v <= q_p)
-    d_step = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, -q_n, q_p))
-    d_x = jnp.where(inside, gradient, 0).astype(x.dtype)
+    if delta:
+        factor = 1 + delta * jnp.sign(wide(gradient)) * (v - jnp.round(v))
+        d_step = jnp.where(inside, jnp.round(v) - v * factor, jnp.clip(v, -q_n, q_p))
+        d_x = jnp.where(inside, wide(gradient) * factor, 0).astype(x.dtype)
+    else:
+        d_step = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, -q_n, q_p))
+        d_x = jnp.where(inside, gradient, 0).astype(x.dtype)
     d_step_size = sum_to(wide(gradient) * d_step, step_size.shape) * g
     return d_x, d_step_size.astype(step_size.dtype), jnp.zeros_like(q_n), jnp.zeros_like(q_p), jnp.zeros_like(g)
 
@@ -65,6 +75,7 @@ def lsq(
     power_of_two: bool = False,
     narrow: bool = False,
     gradient_scale: bool = True,
+    ewgs: bool = False,
 ) -> Quantizer:
     """The LSQ quantizer, one leaf "step_size" for each tensor: [K], or [K, C] for weights per output channel.
 
@@ -73,9 +84,9 @@ def lsq(
     narrow: weights use the symmetric range [-Q_P, Q_P].
     gradient_scale: multiply the step size's gradient by g = 1 / sqrt(Q_P * elements of x), elements counted over the
         batch as in LIMPQ's code (a batch in LSQ's paper leaves it out).
+    ewgs: the EWGS gradient of rounding, with the paper's fixed delta of 1e-3, in place of the straight-through one.
     """
-    if start not in STARTS:
-        raise ValueError(f"start must be one of {STARTS}, found {start!r}")
+    check_start(start)
 
     def in_use(step_size):
         return jnp.exp2(round_straight_through(jnp.log2(step_size))) if power_of_two else step_size
@@ -88,10 +99,10 @@ def lsq(
 
         def one(bits):
             if start == "same":
-                return jnp.full(shape, 0.1 / bits, x.dtype)
+                return jnp.full(shape, same_spacing(bits), x.dtype)
             s = weight_start(x, bits, channel_axes) if weight else activation_start(x, bits, signed)
             # A tensor of zeros has no scale; any positive number serves.
-            return jnp.where(s > 0, s, 0.1 / bits).astype(x.dtype)
+            return jnp.where(s > 0, s, same_spacing(bits)).astype(x.dtype)
 
         return {"step_size": jnp.stack([one(b) for b in bit_widths])}
 
@@ -102,18 +113,18 @@ def lsq(
         q_n, q_p = apply_range(bits, signed, weight)
         step_size = in_use(values["step_size"])
         elements = x.size / step_size.size
-        # In the step size's own precision: float32 here would be all the precision of a float64 run.
-        q_p = q_p.astype(step_size.dtype)
-        g = 1 / jnp.sqrt(q_p * elements) if gradient_scale else jnp.ones_like(q_p)
-        return fake_quant(x, step_size, q_n, q_p, g)
+        # In the step size's own type: in float64 a float32 root would differ between one row and many.
+        g = 1 / jnp.sqrt(q_p.astype(step_size.dtype) * elements) if gradient_scale else jnp.ones_like(q_p)
+        return fake_quant(x, step_size, q_n, q_p, g, EWGS_DELTA if ewgs else 0.0)
 
     def encode(x, values, bits, signed, weight):
         q_n, q_p = apply_range(bits, signed, weight)
         v = wide(x) / in_use(values["step_size"])
         return jnp.round(jnp.clip(v, -q_n, q_p)).astype(jnp.int32)
 
-    def decode(codes, values):
-        return codes.astype(in_use(values["step_size"]).dtype) * in_use(values["step_size"])
+    def decoding(x, values, bits, signed):
+        del x, bits, signed
+        return Decoding(scale=in_use(values["step_size"]))
 
     def indicator(values, bits, signed):
         del bits, signed
@@ -121,11 +132,14 @@ def lsq(
 
     def tensor_quantizer(weight: bool) -> TensorQuantizer:
         return TensorQuantizer(
+            leaves=("step_size",),
+            state=(),
             init=functools.partial(init, weight=weight),
             fake_quant=functools.partial(run, weight=weight),
             encode=functools.partial(encode, weight=weight),
-            decode=decode,
+            decoding=decoding,
             indicator=indicator,
+            fit=functools.partial(run, weight=weight),
         )
 
     return Quantizer("lsq", tensor_quantizer(True), tensor_quantizer(False))

@@ -119,7 +119,9 @@ def weight_grids(report: Report) -> Figure:
         levels, counts = code_counts(grid)
         left.hist(grid.values, bins=80, color=WEIGHT)
         for level in levels:
-            left.axvline(level * grid.step_size, color=ACTIVATION, linewidth=0.8 if len(levels) < 40 else 0.3)
+            left.axvline(
+                (level + grid.offset) * grid.step_size, color=ACTIVATION, linewidth=0.8 if len(levels) < 40 else 0.3
+            )
         left.set(
             title=f"{grid.path}: {np.size(grid.values):,} weights, {grid.bits} bits",
             xlabel=f"float weight (lines: the grid, step size {grid.step_size:.3g})",

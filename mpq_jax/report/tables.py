@@ -28,13 +28,17 @@ class AccuracyRow(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A layer's float weights [N] and their integer codes [N] at one width: what figure 1 shows."""
+    """A layer's float weights [N] and their integer codes [N] at one width: what figure 1 shows.
+
+    A code stands for step_size * (code + offset).
+    """
 
     path: str
     bits: int
     step_size: float
     values: np.ndarray
     codes: np.ndarray
+    offset: float = 0.0
 
 
 class Report(NamedTuple):

@@ -111,7 +111,7 @@ def layer_values(
     """
     row_of = {path: row for row, paths in enumerate(problem.paths) for path in paths}
     fixed = {layer.path: layer.bits for layer in model.layers if layer.bits is not None}
-    values = learned_leaves(model.specs, variables)
+    values = learned_leaves(model.specs, model.quantizer, variables)
     for leaf, value in values.items():
         spec = model.specs[leaf]
         w, a = spec.weight_bit_widths, spec.activation_bit_widths

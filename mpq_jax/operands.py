@@ -1,0 +1,207 @@
+"""A layer's two operands in front of their product, each with its quantizer, and what is measured of them on the way."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mpq_jax import flax_seam
+from mpq_jax.interpret import Call
+from mpq_jax.layers import MAX_BITS, LayerSpec, leaf_paths
+from mpq_jax.mixture import mixture, one_hot
+from mpq_jax.numerics import at_bits, wide
+from mpq_jax.types import Quantizer, TensorQuantizer
+
+# What `apply` measures on the way when asked to, over the layers that a policy quantizes:
+# "error": the sum of mean (x_hat - x)^2 / mean x^2 of weights and of activations, [], with gradients to trained leaves
+#     only; tensors without such leaves are left out, their error moves nothing.
+# "penalty": the sum of the quantizers' penalties, [].
+# "state": {path of a state leaf: (sum of the values that the calls move it to, how many they were)}, both [*stack, K, ...]
+#     and [*stack, K]: each call counts for the entry of its own bits.
+TERMS = ("error", "penalty", "state")
+
+
+class Operand(NamedTuple):
+    """A tensor in front of its product, with what its quantizer takes.
+
+    leaves: {name: [K, ...]}, the quantizer's leaves of this layer. place: shapes a leaf at one width to broadcast with x.
+    bits: as the policy has them, int32 [], or [C] for a weight with bits per output channel. grid_bits: the same, but a
+    width that a grid exists for where the policy says float, and which of them: in_float, or None where none can be.
+    """
+
+    quantizer: TensorQuantizer
+    x: jax.Array
+    leaves: Mapping[str, jax.Array]
+    place: Callable[[jax.Array], jax.Array]
+    widths: tuple[int, ...]
+    bits: jax.Array
+    grid_bits: jax.Array
+    in_float: jax.Array | None
+    signed: bool
+
+    @property
+    def values(self) -> dict[str, jax.Array]:
+        """The leaves at the bits of this call, one width for the whole tensor."""
+        return {name: self.place(at_bits(leaf, self.widths, self.grid_bits)) for name, leaf in self.leaves.items()}
+
+    def call(self, function: Callable[..., Any], x: jax.Array | None = None) -> Any:
+        return function(self.x if x is None else x, self.values, self.grid_bits, self.signed)
+
+    def on_grid(self) -> jax.Array:
+        """x_hat; x itself where the bits say float."""
+        x_hat = self._by_channel() if jnp.ndim(self.bits) else self.call(self.quantizer.fake_quant)
+        return x_hat if self.in_float is None else jnp.where(self.place(self.in_float), self.x, x_hat)
+
+    def _by_channel(self) -> jax.Array:
+        """Each output channel on a grid of its own.
+
+        Every width's grid is made of the whole tensor, and each channel takes its own: for any quantizer the same
+        values, and gradients, as the whole layer at that width.
+        """
+        shares = jax.vmap(self.place)(one_hot(self.grid_bits, self.widths))
+        on_grids = mixture(self.quantizer, self.x, self.leaves, self.widths, shares, self.signed, self.place)
+        return jnp.where(shares.any(0), on_grids, jnp.nan)  # as in at_bits
+
+
+def operand_of(
+    call: Call, spec: LayerSpec, quantizer: Quantizer, kind: str, x: jax.Array, value: Any, float_bits: bool = False
+) -> Operand:
+    """One operand of a layer's product. value: its leaves and bits. float_bits: whether any bits may say float."""
+    weight = kind == "weight"
+    widths = spec.weight_bit_widths if weight else spec.activation_bit_widths
+    bits = value["bits"].w if weight else value["bits"].a
+    in_float = bits > MAX_BITS if float_bits or any(spec.in_float) else None
+
+    def place(leaf):
+        return _broadcast(leaf, x, call.channel_axes) if weight else leaf
+
+    return Operand(
+        quantizer=getattr(quantizer, kind),
+        x=x,
+        leaves=value[kind],
+        place=place,
+        widths=widths,
+        bits=bits,
+        # Where one layer of a stack is left in float its grid is worked out all the same, and not used.
+        grid_bits=bits if in_float is None else jnp.where(in_float, widths[0], bits),
+        in_float=in_float,
+        signed=weight or spec.signed,
+    )
+
+
+# (tensor, bits) -> the tensor on its grid
+Grid = Callable[[jax.Array, Any], jax.Array]
+
+
+def grids(
+    spec: LayerSpec, quantizer: Quantizer, call: Call, weight: jax.Array, value: Mapping[str, Any]
+) -> tuple[Grid, Grid]:
+    """The grids of one layer's weight operand and of its activations, as functions (x, bits) -> x_hat.
+
+    value: the layer's entry of `quantize.learned_leaves`, the part of its own place in the stack.
+    """
+
+    def weight_grid(x, bits):
+        at = {name: at_bits(leaf, spec.weight_bit_widths, bits) for name, leaf in value["weight"].items()}
+        at = {name: _broadcast(leaf, weight, call.channel_axes) for name, leaf in at.items()}
+        return quantizer.weight.fake_quant(x, at, bits, True)
+
+    def activation_grid(x, bits):
+        at = {name: at_bits(leaf, spec.activation_bit_widths, bits) for name, leaf in value["activation"].items()}
+        return quantizer.activation.fake_quant(x, at, bits, spec.signed)
+
+    return weight_grid, activation_grid
+
+
+def _broadcast(value: jax.Array, weight: jax.Array, channel_axes: Sequence[int]) -> jax.Array:
+    """[] stays; [..., C], an entry an output channel on the last axis, gets the weight operand's rank behind the rest."""
+    if value.ndim == 0:
+        return value
+    channels = [n if i in channel_axes else 1 for i, n in enumerate(weight.shape)]
+    return value.reshape(*value.shape[:-1], *channels)
+
+
+def tapped(term: str, operands: Mapping[str, Operand], value: Any) -> Any:
+    """One layer's part of a term."""
+    if term == "state":
+        return {kind: _next_state(operand, value[kind]) for kind, operand in operands.items()}
+    if term == "penalty":
+        parts = [_penalty(operand) for operand in operands.values()]
+    else:
+        # An eighth of the batch is enough to tell an activation's error.
+        activation = operands["activation"].x
+        sample = activation[: max(1, activation.shape[0] // 8)]
+        samples = {"weight": operands["weight"].x, "activation": sample}
+        parts = [_relative_error(operand, samples[kind]) for kind, operand in operands.items()]
+    return sum(parts, jnp.zeros(()))
+
+
+def _relative_error(operand: Operand, x: jax.Array) -> jax.Array:
+    """mean (x_hat - x)^2 / mean x^2, []; its gradient reaches the trained leaves only. 0 where there are none."""
+    if not operand.quantizer.leaves:
+        return jnp.zeros(())
+    assert operand.quantizer.fit is not None
+    x = wide(jax.lax.stop_gradient(x))
+    power = jnp.square(x).mean()
+    error = jnp.square(operand.call(operand.quantizer.fit, x) - x).mean() / jnp.where(power > 0, power, 1)
+    return error if operand.in_float is None else jnp.where(operand.in_float, 0, error)
+
+
+def _penalty(operand: Operand) -> jax.Array:
+    if operand.quantizer.penalty is None:
+        return jnp.zeros(())
+    penalty = operand.quantizer.penalty(operand.values, operand.grid_bits, operand.signed)
+    return penalty if operand.in_float is None else jnp.where(operand.in_float, 0, penalty)
+
+
+def _next_state(operand: Operand, leaves: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """{state leaf: ([K, ...], [K])}: its next value at the row of this call's bits, else 0; and which row that is."""
+    update = operand.quantizer.update
+    if update is None:
+        return {}
+    if jnp.ndim(operand.bits):
+        # Bits per output channel: no width's basis is that of the whole tensor, and all stay as they are.
+        return {
+            name: (jnp.zeros_like(leaves[name]), jnp.zeros(len(operand.widths), leaves[name].dtype))
+            for name in operand.quantizer.state
+        }
+    x, values = jax.lax.stop_gradient((operand.x, operand.values))
+    hit = jnp.asarray(operand.widths, jnp.int32) == operand.bits
+
+    def placed(new, leaf):
+        new = new.reshape(leaf.shape[1:]).astype(leaf.dtype)
+        return jnp.where(hit.reshape(-1, *[1] * new.ndim), new, 0), hit.astype(leaf.dtype)
+
+    return {name: placed(v, leaves[name]) for name, v in update(x, values, operand.grid_bits, operand.signed).items()}
+
+
+def gathered(term: str, specs: Mapping[str, LayerSpec], quantizer: Quantizer, taps: Mapping[Any, Any]) -> Any:
+    """The sum of a term over layers; a layer that runs repeatedly counts once with its mean, or with all its states."""
+    if term != "state":
+        parts = (
+            (tap[term].mean(axis=specs[leaf].shared) if specs[leaf].shared else tap[term]).sum()
+            for (leaf, _), tap in taps.items()
+        )
+        return sum(parts, jnp.zeros(()))
+    total: dict[str, tuple[jax.Array, jax.Array]] = {}
+    for (leaf, _), tap in taps.items():
+        spec = specs[leaf]
+        for kind, states in tap["state"].items():
+            paths = leaf_paths(spec, quantizer, kind, "state")
+            for name, state in states.items():
+                path, summed = paths[name], jax.tree.map(lambda x, axes=spec.shared: x.sum(axis=axes), state)
+                total[path] = jax.tree.map(jnp.add, total[path], summed) if path in total else summed
+    return total
+
+
+def with_state(params: Any, moved: Mapping[str, tuple[jax.Array, jax.Array]]) -> Any:
+    """The parameters with state leaves moved on: to the mean of the values in `moved` (TERMS, "state"), where any."""
+    if not moved:
+        return params
+    flat = flax_seam.flatten(params)
+    for path, (total, count) in moved.items():
+        leaf = flat[path]
+        count = count.reshape(*count.shape, *[1] * (leaf.ndim - count.ndim))
+        flat[path] = jnp.where(count > 0, total / jnp.maximum(count, 1), leaf)
+    return flax_seam.unflatten(flat)

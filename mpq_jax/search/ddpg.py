@@ -5,6 +5,7 @@ What HAQ's code adds: the final reward of an episode stands with every transitio
 batches' mean reward is taken off.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,8 +76,9 @@ class Learner(NamedTuple):
     learn: Callable[[Agent, Transitions], Agent]
 
 
+@functools.lru_cache(maxsize=8)
 def learner(state_size: int, settings: Agents) -> Learner:
-    """The functions of an agent with states of `state_size`, compiled once."""
+    """The functions of an agent with states of `state_size`, compiled once, for the same settings once in a process."""
     actor, critic = Actor(settings.hidden), Critic(settings.hidden)
     actor_optimizer, critic_optimizer = (
         optax.adam(rate) for rate in (settings.actor_learning_rate, settings.critic_learning_rate)

@@ -27,13 +27,12 @@ def evolve(problem: Problem, journal: Journal, settings: Evolution, seed: int) -
     seen: set[bytes] = set()
 
     def fresh(count: int, make: Callable[[], Picks | None]) -> list[Picks]:
-        """Up to `count` new policies within the budgets, of 10 tries each."""
+        """Up to `count` new policies within the budgets, of 10 tries each; it ends where `make` finds none."""
         found: list[Picks] = []
         for _ in range(10 * count):
-            if len(found) == count:
+            if len(found) == count or (picks := make()) is None:
                 break
-            picks = make()
-            if picks is not None and picks.tobytes() not in seen and problem.fits(picks):
+            if picks.tobytes() not in seen and problem.fits(picks):
                 seen.add(picks.tobytes())
                 found.append(picks)
         return found

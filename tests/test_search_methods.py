@@ -1,0 +1,250 @@
+"""search.py --method: every method on a tiny run, its files, a kill in between, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from measured import log_without_seconds
+
+import search
+import train
+from mpq_jax import Refusal, costs, stages
+from mpq_jax.config import Config, from_json, load, to_json
+from mpq_jax.importance import load_importance
+from mpq_jax.policy import load_policy
+from mpq_jax.search import measure, methods, run
+from mpq_jax.workdir import load_config
+
+CONFIG = """
+from mpq_jax.config import *
+config = Config(
+    data=Data(name="digits", augment=False, data_dir={data!r}),
+    model=Model(name="cnn_nnx", options={{"width": 0.25}}),
+    quantize=Quantize(bit_widths=(2, 3, 4)),
+    pretrain=Pretrain(steps=20, batch_size=32, warmup_steps=2),
+    joint=Joint(steps=2, batch_size=16),
+    finetune=Finetune(steps=2, batch_size=16, compare=False),
+    eval_batch_size=144,
+    statistics_batches=1,
+    checkpoint_every=2,
+    log_every=2,
+)
+"""
+BUDGETS = ["--budget", "bitops=W3A3", "--budget", "size=W3"]
+FEW = {
+    "evolution": ["--evaluations", "4"],
+    "haq": ["--evaluations", "3", "--haq.warmup_episodes", "1", "--haq.hidden", "8", "--haq.finetune_steps", "0"],
+    "autoq": ["--evaluations", "2", "--autoq.hidden", "8", "--autoq.finetune_steps", "1"],
+    "gumbel": ["--evaluations", "2", "--gumbel.steps", "4", "--gumbel.warmup_steps", "1", "--gumbel.batch_size", "8"],
+    "edmips": ["--edmips.steps", "4", "--edmips.warmup_steps=1", "--edmips.batch_size", "8"],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    (root / "tiny.py").write_text(CONFIG.format(data=str(root / "data")))
+    assert train.main(["--config", str(root / "tiny.py"), "--workdir", str(root / "run")]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def opened(place):
+    """The run, opened once: its functions are compiled once for all tests."""
+    return measure.open_bench(place / "run", methods.Measuring())
+
+
+@pytest.fixture
+def quick(opened, monkeypatch):
+    monkeypatch.setattr(measure, "open_bench", lambda workdir, settings: opened._replace(settings=settings))
+
+
+def command(place, method, *more, out=None):
+    return [
+        "--workdir",
+        str(place / "run"),
+        *BUDGETS,
+        "--method",
+        method,
+        *FEW[method],
+        *more,
+        "--out",
+        str(out or place / f"{method}.json"),
+    ]
+
+
+def log_of(place, method):
+    (folder,) = (place / "run" / f"search_{method}").iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("method", list(FEW))
+def test_every_method(place, quick, capsys, method):
+    """A valid policy within both budgets, that of the log's best line; run again, nothing is measured twice."""
+    assert search.main(command(place, method)) == 0
+    shown = capsys.readouterr().out
+    table = load_importance(place / "run" / "importance.json")
+    policy = load_policy(place / f"{method}.json", table.layers, table.bit_widths, table.activation_bit_widths)
+    saved = json.loads((place / f"{method}.json").read_text())
+    assert (saved["status"], saved["bound"], saved["solver"]) == ("feasible", None, method) and saved["seconds"] > 0
+    for name, cost in (("bitops", costs.bitops), ("size", costs.size)):
+        used = saved["budgets"][name]["used"]
+        assert used == cost(table.layers, policy) <= saved["budgets"][name]["limit"]
+    lines = log_without_seconds(log_of(place, method) / "evaluations.jsonl")
+    assert len(lines) == int(FEW[method][1]) if "--evaluations" in FEW[method] else 1
+    by_accuracy = method in ("haq", "autoq")
+    best = min(lines, key=lambda line: (-line["accuracy"] if by_accuracy else 0, line["loss"]))
+    assert best["loss"] == saved["objective"] and best["policy"] == saved["bits"]
+    assert f"validation loss {best['loss']:.6g}" in shown and "best uniform" in shown
+    assert all(isinstance(saved["bits"][ly.path][0], list) == (method == "autoq") for ly in table.layers if ly.searched)
+    assert search.main(command(place, method)) == 0
+    assert log_without_seconds(log_of(place, method) / "evaluations.jsonl") == lines
+    again = json.loads((place / f"{method}.json").read_text())
+    assert again["bits"] == saved["bits"]
+
+
+def test_measured_as_the_model_is(place, opened):
+    """The loss in the log is that of the joint model with statistics of the policy's own, on the validation split."""
+    (line, *_) = log_without_seconds(log_of(place, "evolution") / "evaluations.jsonl")
+    from mpq_jax import data, joint
+    from mpq_jax.policy import stack
+    from mpq_jax.types import Bits
+
+    policy = {path: Bits(*bits) for path, bits in line["policy"].items()}
+    variables, model = opened.variables, opened.run.model
+    stats = stages.reestimated(opened.run, variables["params"], stages.rows_of(variables, 1), stack([policy]))
+    assert not np.allclose(stats["batch_stats"]["bn2"]["mean"][0], variables["batch_stats"]["bn2"]["mean"])
+    full = {
+        "params": variables["params"],
+        "batch_stats": {k: {n: x[0] for n, x in v.items()} for k, v in stats["batch_stats"].items()},
+    }
+    full |= {name: tree for name, tree in variables.items() if name not in full}
+    loss = right = count = 0.0
+    for batch in data.eval_batches(opened.run.dataset, "validation", 144):
+        logits = model.apply(full, policy, batch["image"], train=False)
+        hits, n = joint.classification().correct(logits, batch)
+        loss, right, count = (
+            loss + float(joint.classification().loss(logits, batch)) * int(n),
+            right + int(hits),
+            count + int(n),
+        )
+    assert count == opened.run.dataset.sizes["validation"]
+    assert line["loss"] == pytest.approx(loss / count, rel=1e-4) and line["accuracy"] == pytest.approx(right / count)
+
+
+def test_killed_while_theta_trains(place, quick, tmp_path, monkeypatch):
+    """Stopped between two checkpoints and started again: the same training log, the same policies."""
+    whole = log_of(place, "edmips")
+    real = stages.data.train_batches
+    table = load_importance(place / "run" / "importance.json")
+    budgets = costs.parse_budgets(["bitops=W3A3", "size=W3"], table.layers, table.bit_widths, table.bit_widths)
+    settings = methods.settings("edmips", FEW["edmips"])
+    monkeypatch.setattr(run, "_request", lambda *asked: "stopped")
+
+    def stopping(*arguments, **options):
+        for number, batch in enumerate(real(*arguments, **options)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    from mpq_jax.search import gumbel
+
+    monkeypatch.setattr(gumbel.data, "train_batches", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run.find("edmips", place / "run", table, budgets, settings)
+    stopped = place / "run" / "search_edmips" / "stopped"
+    assert len(log_without_seconds(stopped / "training.jsonl")) == 2
+    monkeypatch.setattr(gumbel.data, "train_batches", real)
+    run.find("edmips", place / "run", table, budgets, settings)
+    for name in ("training.jsonl", "evaluations.jsonl"):
+        assert log_without_seconds(stopped / name) == log_without_seconds(whole / name)
+
+
+def test_a_policy_per_channel_is_finetuned_and_reported(place, capsys):
+    arguments = ["--config", str(place / "tiny.py"), "--workdir", str(place / "run")]
+    assert train.main([*arguments, "--policy", str(place / "autoq.json")]) == 0
+    shown = capsys.readouterr().out
+    saved = json.loads((place / "autoq.json").read_text())
+    mean = np.mean(saved["bits"]["conv2"][0])
+    assert f"W{mean:.2f}A{saved['bits']['conv2'][1]}" in shown
+    rows = json.loads((place / "run" / "results.json").read_text())["rows"]
+    assert rows[-1]["name"] == "mixed" and rows[-1]["bitops"] == saved["budgets"]["bitops"]["used"]
+
+
+def test_seconds_stop_a_search(place, quick):
+    assert (
+        search.main(
+            [
+                "--workdir",
+                str(place / "run"),
+                *BUDGETS,
+                "--method",
+                "evolution",
+                "--seconds",
+                "0.001",
+                "--seed",
+                "7",
+                "--out",
+                str(place / "s.json"),
+            ]
+        )
+        == 0
+    )
+    logs = [p for p in (place / "run" / "search_evolution").glob("*/evaluations.jsonl")]
+    assert sorted(len(log_without_seconds(p)) for p in logs) == [1, 4]
+
+
+# ---- options ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--method", "evolve"], "invalid choice: 'evolve' (choose from"),
+        (["--method", "haq", "--haq.epsiodes", "3"], "nearest is --haq.episodes"),
+        (["--method", "haq", "--evolution.top", "3"], "unknown option --evolution.top"),
+        (["--method", "haq", "--haq.episodes", "many"], "takes an integer"),
+        (["--method", "haq", "--haq.episodes", "0"], "above 0"),
+        (["--method", "haq", "--haq.tau", "1.5"], "from 0 to 1"),
+        (["--method", "haq", "--haq.noise", "nan"], "above 0"),
+        (["--method", "haq", "--haq.episodes"], "needs a value"),
+        (["--method", "haq", "--evaluations", "0"], "positive number"),
+        (["--method", "haq", "--seconds", "-3"], "positive number"),
+        (["--method", "haq", "--seed", "-3"], "from 0"),
+        (["--method", "haq", "--alpha", "2"], "leave --alpha out"),
+        (["--evaluations", "3"], "--evaluations goes with a method that measures: --method evolution, gumbel"),
+        (["--method", "haq", "--importance", "i.json"], "give --workdir in place"),
+    ],
+)
+def test_refused_options(tmp_path, capsys, more, words):
+    assert search.main(["--workdir", str(tmp_path), "--budget", "bitops=W3A3", *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_refused_runs(place, tmp_path, capsys):
+    """A run without its joint model; budgets that no policy keeps; a latency budget and channels."""
+    (tmp_path / "importance.json").write_bytes((place / "run" / "importance.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((place / "run" / "config.json").read_bytes())
+    arguments = ["--workdir", str(tmp_path), "--method", "evolution"]
+    for budget, words in (("bitops=W3A3", "has no joint model"), ("bitops=1K", "the least reachable")):
+        assert search.main([*arguments, "--budget", budget]) == 2
+        assert words in capsys.readouterr().err
+    table = load_importance(tmp_path / "importance.json")
+    widths = table.bit_widths
+    latency = {ly.path: {(w, a): 1.0 for w in (*widths, 8) for a in (*widths, 8)} for ly in table.layers}
+    budgets = costs.parse_budgets(["latency=9ms"], table.layers, widths, widths, latency)
+    with pytest.raises(Refusal, match="measurements of whole layers"):
+        run.find("autoq", tmp_path, table, budgets, methods.settings("autoq"))
+
+
+def test_config_of_a_run(place, tmp_path):
+    """What a workdir says of its settings is the config again."""
+    config = load(place / "tiny.py")
+    assert load_config(place / "run") == config and from_json(to_json(Config())) == Config()
+    (tmp_path / "config.json").write_text('{"format": "mpq-run", "version": 1, "config": {"seed": 1}}')
+    with pytest.raises(Refusal, match="another version"):
+        load_config(tmp_path)
+    with pytest.raises(Refusal, match="does not exist"):
+        load_config(tmp_path / "none")

@@ -290,6 +290,8 @@ def from_json(value: dict[str, Any]) -> Config:
     Raises ValueError, KeyError or TypeError for what is no such value.
     """
     sections: dict[str, Any] = {}
+    if unknown := set(value) - set(get_type_hints(Config)):
+        raise KeyError(min(unknown))
     for name, kind in get_type_hints(Config).items():
         if name not in value:
             continue

@@ -243,8 +243,8 @@ def test_config_of_a_run(place, tmp_path):
     """What a workdir says of its settings is the config again."""
     config = load(place / "tiny.py")
     assert load_config(place / "run") == config and from_json(to_json(Config())) == Config()
-    (tmp_path / "config.json").write_text('{"format": "mpq-run", "version": 1, "config": {"seed": 1}}')
-    with pytest.raises(Refusal, match="another version"):
+    (tmp_path / "config.json").write_text('{"format": "mpq-run", "version": 1, "config": {"joint": {"stepz": 1}}}')
+    with pytest.raises(Refusal, match="not of this program"):
         load_config(tmp_path)
     with pytest.raises(Refusal, match="does not exist"):
         load_config(tmp_path / "none")

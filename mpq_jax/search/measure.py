@@ -37,7 +37,10 @@ def open_bench(workdir: Path, settings: Measuring) -> Bench:
         config = dataclasses.replace(config, statistics_batches=settings.statistics_batches)
     run = stages.open_run(config, workdir)
     if not run.dataset.sizes["validation"]:
-        raise Refusal("this run cut no validation split, which policies are measured on; train with one (--data.…)")
+        raise Refusal(
+            f"the run in {workdir} has no validation split, which policies are measured on; train one with "
+            "--data.validation_fraction 0.1"
+        )
     float_variables = stages.pretrain(run)
     state, _ = stages.joint_train(run, stages.calibrated(run, float_variables))
     rows = stages.rows_of(float_variables, 1)

@@ -18,5 +18,5 @@ class Dense(nn.Module):
         return nn.Dense(self.num_classes, name="head")(x)
 
 
-def dense(num_classes: int, features=(12, 12)) -> Dense:
+def dense(num_classes: int, features=(12,)) -> Dense:
     return Dense(num_classes, tuple(features))

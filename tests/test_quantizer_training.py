@@ -42,6 +42,14 @@ LEAVES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """These tests compile much and run little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @functools.cache
 def calibrated(name):
     """The tiny net under a quantizer, all of it searched: dense0 reads what can be negative, the head what cannot."""
@@ -350,7 +358,7 @@ from mpq_jax.config import *
 config = Config(
     data=Data(name="digits", augment=False, data_dir={data!r}),
     model=Model(name="made_models:dense"),
-    quantize=Quantize(bit_widths=(2, 3)),
+    quantize=Quantize(bit_widths=(2, 3), ends="searched"),
     pretrain=Pretrain(steps=8, batch_size=32, warmup_steps=2),
     joint=Joint(steps=4, batch_size=16, rows_at_a_time=1),
     finetune=Finetune(steps=2, batch_size=16, compare=False),

@@ -83,7 +83,7 @@ def reference(name, kind):
 
 @pytest.mark.parametrize("name, kind, signed", CASES)
 def test_contract(name, kind, signed):
-    """On the grid; codes in range and back to the same values; idempotent; jit and vmap over bits equal the loop."""
+    """On the grid; codes in range and back to the same values; idempotent; jit, vmap over bits and a loop are equal."""
     quantizer = getattr(VARIANTS[name], kind)
     x, widths = tensor(signed), (2, 3, 4)
     values = calibrated(quantizer, x, widths, signed)
@@ -101,8 +101,11 @@ def test_contract(name, kind, signed):
     compiled = jax.jit(run)
     together = jax.jit(jax.vmap(run))(every)
     for i, bits in enumerate(widths):
-        codes, x_hat, decoded, one = run(jnp.int32(bits))
-        for other in (compiled(every[i]), jax.tree.map(lambda leaf, i=i: leaf[i], together)):
+        codes, x_hat, decoded, one = compiled(every[i])
+        others = [jax.tree.map(lambda leaf, i=i: leaf[i], together)]
+        if kind == "weight" and bits == 3:  # not compiled, operation by operation
+            others.append(run(jnp.int32(bits)))
+        for other in others:
             np.testing.assert_array_equal(codes, other[0])
             np.testing.assert_allclose(x_hat, other[1], rtol=1e-6, atol=1e-7)
         low, high = code_range(name, kind, bits, signed)
@@ -139,7 +142,7 @@ def again(name, kind, quantizer, x, one, bits, signed, x_hat):
         np.testing.assert_array_equal(x_hat, quantizer.fake_quant(x_hat, one, bits, signed))
 
 
-@pytest.mark.parametrize("name", [n for n in FORWARD if not n.endswith("unit")])
+@pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize("kind", ["weight", "activation"])
 def test_each_bit_lowers_the_error(name, kind):
     """Mean squared error of 1e5 normal weights and half-normal activations, with calibrated parameters.
@@ -164,8 +167,7 @@ def test_each_bit_lowers_the_error(name, kind):
         return jax.lax.map(error, jnp.asarray(widths, jnp.int32)) / jnp.square(x).mean()
 
     found = np.asarray(errors(x))[:, 0]
-    # Of a grid that may only double or stay, two neighbouring widths can be one grid where nothing is clipped.
-    assert (np.diff(found) < 0).all() if name != "lsq power of two" else (np.diff(found) <= 0).all()
+    assert (np.diff(found) < 0).all()
     assert found[-1] < 0.02 * found[0]
     if bent:
         assert (np.diff(np.asarray(errors(0.1 * x))[:, 1]) < 0).all()
@@ -175,16 +177,14 @@ def test_each_bit_lowers_the_error(name, kind):
 def test_same_start(name):
     """Every layer's grid starts with a spacing of 0.1 / b, whatever the tensor; DoReFa's weights have nothing to start."""
     for kind, signed in KINDS:
-        quantizer, x = getattr(VARIANTS[name], kind), 7 * tensor(signed)
-        values = quantizer.init(x, (2, 4), signed, (2,))
+        quantizer, x = getattr(VARIANTS[name], kind), jnp.linspace(-3.0 if signed else 0.0, 3.0, 600).reshape(100, 6)
+        values = calibrated(quantizer, x, (2, 4), signed)
         for bits in (2, 4) if quantizer.indicator else ():
             spacing = quantizer.indicator(at(values, (2, 4), bits, x, kind), jnp.int32(bits), signed)
             np.testing.assert_allclose(spacing, 0.1 / bits, rtol=1e-5)
             on_grid = quantizer.fake_quant(x, at(values, (2, 4), bits, x, kind), jnp.int32(bits), signed)
             gaps = np.diff(np.unique(np.asarray(on_grid, np.float64).round(6)))
-            steps = gaps / (0.1 / bits)  # levels that nothing fell on are skipped
-            np.testing.assert_allclose(steps, steps.round(), atol=1e-3)
-            assert steps.round().min() >= 1
+            np.testing.assert_allclose(gaps, 0.1 / bits, rtol=1e-3)
 
 
 def test_calibrated_grids_are_near_the_best():
@@ -364,9 +364,9 @@ def test_lq_nets_where_the_codes_determine_nothing():
 
     @jax.jit
     def run(x):
-        values = at(quantizer.init(x, (2, 8), True, (1,)), (2, 8), 8, x, "weight")
-        new = quantizer.update(x, values, jnp.int32(8), True)
-        return quantizer.fake_quant(x, values, jnp.int32(8), True), new["basis"]
+        values = at(quantizer.init(x, (6,), True, (1,)), (6,), 6, x, "weight")
+        new = quantizer.update(x, values, jnp.int32(6), True)
+        return quantizer.fake_quant(x, values, jnp.int32(6), True), new["basis"]
 
     for x in (tensor(True, shape=(3, 2)), jnp.zeros((3, 2))):
         x_hat, new = run(x)
@@ -374,7 +374,7 @@ def test_lq_nets_where_the_codes_determine_nothing():
         np.testing.assert_allclose(x_hat, x, atol=0.02)
     activation = lq_nets().activation
     basis = jnp.array([0.1, 0.2, 100.0])
-    new = activation.update(tensor(False), {"basis": basis}, jnp.int32(3), False)["basis"]
+    new = jax.jit(lambda x: activation.update(x, {"basis": basis}, jnp.int32(3), False))(tensor(False))["basis"]
     np.testing.assert_allclose(new[2], 100.0, rtol=1e-3)
 
 

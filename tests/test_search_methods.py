@@ -2,17 +2,19 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from measured import log_without_seconds
 
 import search
 import train
-from mpq_jax import Refusal, costs, stages
+from mpq_jax import Bits, Refusal, costs, data, joint, stages
 from mpq_jax.config import Config, from_json, load, to_json
 from mpq_jax.importance import load_importance
-from mpq_jax.policy import load_policy
-from mpq_jax.search import measure, methods, run
+from mpq_jax.policy import load_policy, stack
+from mpq_jax.search import gumbel, measure, methods, run
 from mpq_jax.workdir import load_config
 
 CONFIG = """
@@ -20,7 +22,7 @@ from mpq_jax.config import *
 config = Config(
     data=Data(name="digits", augment=False, data_dir={data!r}),
     model=Model(name="cnn_nnx", options={{"width": 0.25}}),
-    quantize=Quantize(bit_widths=(2, 3, 4)),
+    quantize=Quantize(bit_widths=(2, 4)),
     pretrain=Pretrain(steps=20, batch_size=32, warmup_steps=2),
     joint=Joint(steps=2, batch_size=16),
     finetune=Finetune(steps=2, batch_size=16, compare=False),
@@ -91,7 +93,7 @@ def test_every_method(place, quick, capsys, method):
         used = saved["budgets"][name]["used"]
         assert used == cost(table.layers, policy) <= saved["budgets"][name]["limit"]
     lines = log_without_seconds(log_of(place, method) / "evaluations.jsonl")
-    assert len(lines) == int(FEW[method][1]) if "--evaluations" in FEW[method] else 1
+    assert len(lines) == (int(FEW[method][1]) if "--evaluations" in FEW[method] else 1)
     by_accuracy = method in ("haq", "autoq")
     best = min(lines, key=lambda line: (-line["accuracy"] if by_accuracy else 0, line["loss"]))
     assert best["loss"] == saved["objective"] and best["policy"] == saved["bits"]
@@ -106,30 +108,23 @@ def test_every_method(place, quick, capsys, method):
 def test_measured_as_the_model_is(place, opened):
     """The loss in the log is that of the joint model with statistics of the policy's own, on the validation split."""
     (line, *_) = log_without_seconds(log_of(place, "evolution") / "evaluations.jsonl")
-    from mpq_jax import data, joint
-    from mpq_jax.policy import stack
-    from mpq_jax.types import Bits
+    policy = {path: Bits(*map(jnp.int32, bits)) for path, bits in line["policy"].items()}
+    variables, bench = opened.variables, opened.run
+    stats = stages.reestimated(bench, variables["params"], stages.rows_of(variables, 1), stack([policy]))
+    own = jax.tree.map(lambda x: x[0], stats)
+    assert not np.allclose(own["batch_stats"]["bn2"]["mean"], variables["batch_stats"]["bn2"]["mean"])
+    task = joint.classification()
 
-    policy = {path: Bits(*bits) for path, bits in line["policy"].items()}
-    variables, model = opened.variables, opened.run.model
-    stats = stages.reestimated(opened.run, variables["params"], stages.rows_of(variables, 1), stack([policy]))
-    assert not np.allclose(stats["batch_stats"]["bn2"]["mean"][0], variables["batch_stats"]["bn2"]["mean"])
-    full = {
-        "params": variables["params"],
-        "batch_stats": {k: {n: x[0] for n, x in v.items()} for k, v in stats["batch_stats"].items()},
-    }
-    full |= {name: tree for name, tree in variables.items() if name not in full}
-    loss = right = count = 0.0
-    for batch in data.eval_batches(opened.run.dataset, "validation", 144):
-        logits = model.apply(full, policy, batch["image"], train=False)
-        hits, n = joint.classification().correct(logits, batch)
-        loss, right, count = (
-            loss + float(joint.classification().loss(logits, batch)) * int(n),
-            right + int(hits),
-            count + int(n),
-        )
-    assert count == opened.run.dataset.sizes["validation"]
-    assert line["loss"] == pytest.approx(loss / count, rel=1e-4) and line["accuracy"] == pytest.approx(right / count)
+    @jax.jit
+    def of_batch(batch):
+        logits = bench.model.apply({"params": variables["params"], **own}, policy, batch["image"], train=False)
+        right, count = task.correct(logits, batch)
+        return jnp.stack([task.loss(logits, batch) * count, right, count])
+
+    loss, right, count = sum(of_batch(batch) for batch in data.eval_batches(bench.dataset, "validation", 144))
+    assert count == bench.dataset.sizes["validation"]
+    assert line["loss"] == pytest.approx(float(loss / count), rel=1e-4)
+    assert line["accuracy"] == pytest.approx(float(right / count))
 
 
 def test_killed_while_theta_trains(place, quick, tmp_path, monkeypatch):
@@ -146,8 +141,6 @@ def test_killed_while_theta_trains(place, quick, tmp_path, monkeypatch):
             if number == 3:
                 raise KeyboardInterrupt
             yield batch
-
-    from mpq_jax.search import gumbel
 
     monkeypatch.setattr(gumbel.data, "train_batches", stopping)
     with pytest.raises(KeyboardInterrupt):

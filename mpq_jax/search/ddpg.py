@@ -30,7 +30,7 @@ class Actor(nn.Module):
     def __call__(self, states: jax.Array) -> jax.Array:
         x = nn.relu(nn.Dense(self.hidden)(states))
         x = nn.relu(nn.Dense(self.hidden)(x))
-        # Near 0 at the start, so that the first actions are near 1/2 (Lillicrap et al., section 7).
+        # Near 0 at the start, so that the first actions are near 1/2 (Lillicrap et al. 2016).
         return nn.sigmoid(nn.Dense(1, kernel_init=nn.initializers.normal(3e-3))(x))
 
 

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 
 from mpq_jax.search import supernet
 from mpq_jax.search.problem import Problem
-
-NEVER = -1e9  # logit of bits that are not allowed
+from mpq_jax.search.supernet import NEVER
 
 
 def init_theta(problem: Problem) -> dict[str, jax.Array]:

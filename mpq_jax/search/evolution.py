@@ -1,4 +1,4 @@
-"""SPOS's evolutionary search (Guo et al., ECCV 2020, algorithm 1), on the joint model.
+"""SPOS's evolutionary search (Guo et al., ECCV 2020), on the joint model.
 
 A generation is measured; the best policies so far are the parents of the next: mutations and crossovers of them, and
 random policies where these do not fill it. What breaks a budget or was measured before is rejected.

@@ -18,8 +18,9 @@ def row_features(
 ) -> np.ndarray:
     """[L, 8] of the problem's rows, each column min-max normalised over them; a column of one value is 0.
 
-    Depthwise, channels in, channels out, stride, kernel size, weights, positions of the input, index (HAQ section 3.1;
-    of a dense layer stride 0, kernel 1). Of a row of several layers, those of its first.
+    Depthwise, channels in, channels out, stride, kernel size, weights, positions of the input, index: HAQ's state but
+    for the action before and the flag (of a dense layer, stride 0 and kernel 1, as in HAQ's code). Of a row of several
+    layers, those of its first.
     """
     seen = layer_features(model, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     rows = np.array([[*seen[paths[0]], row] for row, paths in enumerate(problem.paths)], np.float64)

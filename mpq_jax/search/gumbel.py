@@ -24,10 +24,8 @@ from mpq_jax.search.journal import Journal
 from mpq_jax.search.likely import measure_policies
 from mpq_jax.search.methods import Gumbel, Supernet
 from mpq_jax.search.problem import Problem
+from mpq_jax.search.supernet import NEVER
 from mpq_jax.types import Bits, Refusal
-
-NEVER = -1e9  # logit of bits that are not allowed
-
 
 # ---- theta --------------------------------------------------------------------------------------------------------
 
@@ -60,7 +58,7 @@ def shares_of(
 
 
 def gumbel_softmax(key: jax.Array, temperature: jax.Array) -> Callable[..., jax.Array]:
-    """softmax((theta + g) / T), g ~ Gumbel(0, 1) (Jang et al. 2017; DNAS equation 7)."""
+    """softmax((theta + g) / T), g ~ Gumbel(0, 1) (Jang et al. 2017; DNAS)."""
 
     def softmax(logits, number, axes):
         noise = jax.random.gumbel(jax.random.fold_in(key, number), logits.shape)

@@ -22,6 +22,7 @@ from mpq_jax.search.methods import Supernet
 from mpq_jax.search.problem import Problem
 from mpq_jax.types import QuantizedModel
 
+NEVER = -1e9  # logit of bits that are not allowed
 # shares float32 [L, Kw, Ka] of the problem's rows: how much of each pair of bits a layer is
 Shares = jax.Array
 

@@ -26,7 +26,7 @@ from criteria_nets import (
 from flax import nnx
 
 from mpq_jax import Bits, Refusal, flax_seam, joint
-from mpq_jax.criteria import Measured, find, hawq, sites
+from mpq_jax.criteria import Measured, find, hawq, hawq_v2, sites
 from mpq_jax.criteria.compute import measure
 from mpq_jax.criteria.mpqco import mpqco
 from mpq_jax.criteria.one_at_a_time import one_at_a_time
@@ -130,6 +130,16 @@ def test_batches_of_unequal_size_count_by_samples(case):
     mine = mpqco(quantized, TASK, variables, uneven).importance
     whole = mpqco(quantized, TASK, variables, DATA).importance
     np.testing.assert_allclose(mine.weight, whole.weight, rtol=1e-4)
+    traces = hawq_v2.traces(quantized, TASK, variables, uneven, "activation", max_draws=4)
+    assert all(np.isfinite(each.value) and each.draws == 4 for each in traces.values())
+
+
+def test_what_is_not_finite_is_refused(case):
+    quantized, variables = case
+    broken = jax.tree.map(lambda x: x, variables)
+    broken["params"]["shortcut"]["kernel"] = broken["params"]["shortcut"]["kernel"] * np.nan
+    with pytest.raises(Refusal, match="mpqco is not finite for the weights of layer 'conv'"):
+        measure("mpqco", model=quantized, task=TASK, variables=broken, batches=DATA)
 
 
 @pytest.mark.parametrize("others", ["float", "widest"])

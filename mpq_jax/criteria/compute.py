@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpq_jax import config as config_lib
 from mpq_jax import data, flax_seam, joint, stages
@@ -24,8 +25,8 @@ def measure(name: str, **given: Any) -> Measured:
     """Runs a criterion on what it takes of `given`: model, task, variables (with step sizes), batches (a sequence of
     dicts), rows or log (RowLog), base (the learned Importance), pairs, seed, and its settings by name.
 
-    Raises Refusal for a name that does not exist, for what the criterion takes and was not given, and for batches
-    without the labels that it needs.
+    Raises Refusal for a name that does not exist, for what the criterion takes and was not given, for batches without
+    the labels that it needs, and for a result that is not finite.
     """
     criterion, function = find(name), function_of(name)
     parameters = inspect.signature(function).parameters
@@ -38,7 +39,20 @@ def measure(name: str, **given: Any) -> Measured:
             "criterion without: initial, regression, random"
         )
     result = function(**{key: value for key, value in given.items() if key in parameters})
-    return Measured(result) if isinstance(result, Importance) else result
+    measured = Measured(result) if isinstance(result, Importance) else result
+    _check_finite(name, measured.importance)
+    return measured
+
+
+def _check_finite(name: str, table: Importance) -> None:
+    searched = [layer.path for layer in table.layers if layer.searched]
+    for kind in ("weight", "activation"):
+        bad = ~np.isfinite(getattr(table, kind)).all(1)
+        if bad.any():
+            raise Refusal(
+                f"criterion {name} is not finite for the {kind}s of layer {searched[int(bad.argmax())]!r}: the float "
+                "model's loss or its step sizes are not; look at the float training, or at model.dtype"
+            )
 
 
 def function_of(name: str) -> Callable[..., Importance | Measured]:

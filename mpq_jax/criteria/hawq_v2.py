@@ -104,7 +104,8 @@ def traces(
 
     @jax.jit
     def draw(variables, mask, key, i, batch):
-        return quadratic_draw(loss, zeros(shapes), mask, jax.random.fold_in(key, i), variables, batch)
+        e = zeros(hessian.perturbation(model, task, variables, batch, kind))  # batches may differ in size
+        return quadratic_draw(loss, e, mask, jax.random.fold_in(key, i), variables, batch)
 
     batches = jax.device_put(batches)
     result = {}

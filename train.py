@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpq_jax import config as config_lib
+from mpq_jax import workdir
 from mpq_jax.types import Refusal
 
 
@@ -36,11 +37,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Co
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    claimed = False
     try:
         arguments, config = parse(argv)
-        from mpq_jax import workdir
-
-        workdir.claim(arguments.workdir, config, finetuning=arguments.policy is not None)
+        claimed = workdir.claim(arguments.workdir, config, finetuning=arguments.policy is not None)
         if arguments.float_only:
             from mpq_jax.pipeline import learn_float
 
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             finish(config, arguments.workdir, Path(arguments.policy))
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
+        if claimed:
+            workdir.release(arguments.workdir)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

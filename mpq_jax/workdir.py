@@ -13,8 +13,8 @@ _LEARNING = ("seed", "data", "model", "quantize", "pretrain", "joint")
 _FREE = ("data.data_dir", "data.workers", "joint.rows_at_a_time")
 
 
-def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> None:
-    """Makes the folder this run's, or checks that it is.
+def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> bool:
+    """Makes the folder this run's, or checks that it is. -> whether it was made so now
 
     Raises Refusal where it holds a run with other settings, naming them.
     """
@@ -26,13 +26,21 @@ def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> None:
         if workdir.exists() and not workdir.is_dir():
             raise Refusal(f"{workdir} is a file; choose another --workdir")
         write_json(path, {"format": "mpq-run", "version": 1, "config": mine})
-        return
+        return True
     theirs = read_json(path, "mpq-run", 1, "python train.py --config … --workdir …")["config"]
     changed = [key for key in config_lib.differences(mine, theirs, _LEARNING) if key not in _FREE]
     if changed:
         shown = ", ".join(f"{key} is {_at(theirs, key)} there, {_at(mine, key)} now" for key in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise Refusal(f"{workdir} is another run's ({shown}{more}); choose another --workdir, or the same options")
+    return False
+
+
+def release(workdir: Path) -> None:
+    """Gives back a folder that was claimed by a command which was then refused: if nothing else came to be in it."""
+    if [path.name for path in workdir.iterdir()] == ["config.json"]:
+        (workdir / "config.json").unlink()
+        workdir.rmdir()
 
 
 def load_config(workdir: Path) -> config_lib.Config:

@@ -114,3 +114,17 @@ def test_workdir_of_another_run(tmp_path):
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(Refusal, match="not whole JSON"):
         workdir.claim(tmp_path / "run", config, finetuning=False)
+
+
+def test_a_refused_command_leaves_no_claim(tmp_path, capsys):
+    """A folder that a refused run had just made its own is free again; one with a checkpoint in it stays."""
+    import train
+
+    run = tmp_path / "runs" / "digits"
+    arguments = ["--config", "configs/digits.py", "--workdir", str(run), "--data.data_dir", str(tmp_path / "data")]
+    assert train.main([*arguments, "--quantizer", "lsqq"]) == 2
+    assert "choose one of lsq" in capsys.readouterr().err and not run.exists()
+    assert workdir.claim(run, config_lib.Config(), finetuning=False)
+    (run / "pretrain").mkdir()
+    workdir.release(run)
+    assert (run / "config.json").exists() and not workdir.claim(run, config_lib.Config(), finetuning=False)

@@ -313,8 +313,8 @@ def test_a_broken_solver_is_replaced(monkeypatch, broken):
     budgets = budgets_of(importance, "bitops=W3A3")
     instead(monkeypatch, broken, broken)
     began = time.monotonic()
-    found = solve(importance, budgets, time_limit=4.0, nodes=0)
-    assert time.monotonic() - began < 6
+    found = solve(importance, budgets, time_limit=8.0, nodes=0)
+    assert time.monotonic() - began < 12
     assert found.solver == "scipy" and found.status == "optimal"
     assert found.objective == pytest.approx(best_by_force(importance, budgets)[0], abs=1e-9)
 
@@ -336,7 +336,7 @@ def test_what_is_not_proved_is_never_called_optimal(monkeypatch):
     monkeypatch.setattr(ilp, "branch", lambda *_, **__: Found(None, False, 0))
     began = time.monotonic()
     found = solve(importance, budgets, time_limit=2.0)
-    assert time.monotonic() - began < 4 and found.solver == "lagrange" and found.status == "feasible"
+    assert time.monotonic() - began < 6 and found.solver == "lagrange" and found.status == "feasible"
     best, _ = best_by_force(importance, budgets)
     assert found.bound <= best + 1e-9 <= found.objective + 2e-9
     assert found.gap == pytest.approx((found.objective - found.bound) / abs(found.objective))

@@ -29,7 +29,7 @@ def lq_nets(start: str = "statistics") -> Quantizer:
     e_k in {0, 1} for activations, {-1, +1} for weights and for activations that can be negative (our extension). Every
     value goes to its nearest level; codes are the numbers sum_k 2^k [e_k = 1]. Gradients: straight through for weights;
     for activations up to the top level, none above (below the lowest one either, where they can be negative). No
-    gradient moves the basis: `update` does, once a training step (section 3.2, "quantization error minimization").
+    gradient moves the basis: `update` does, once a training step (the paper's quantization error minimization).
     start: "statistics": from the even grid of least squared error, codes and least squares alternate 20 times;
         "same": an even grid with a spacing of 0.1 / b in every layer.
     """

@@ -13,7 +13,7 @@ from mpq_jax.types import Decoding, Quantizer, TensorQuantizer
 
 
 def clip(x: jax.Array, a: jax.Array, signed: bool) -> jax.Array:
-    """y = 0 below 0, x in [0, a), a above (PACT, equation 1): dy/da is 1 where x >= a, else 0 (equation 3).
+    """y = 0 below 0, x in [0, a), a above (PACT): dy/da is 1 where x >= a, else 0.
 
     signed (our extension): y = -a below -a; dy/da is -1 there.
     """
@@ -24,15 +24,15 @@ def clip(x: jax.Array, a: jax.Array, signed: bool) -> jax.Array:
 def pact(start: str = "statistics", *, rescale: bool = True, clip_penalty: float = 1e-4) -> Quantizer:
     """PACT's activations, with one leaf "clip" [K], the clipping level a; DoReFa's weights, without any.
 
-    Activations (equation 2): x_hat = round(y n / a) a / n with y = clip(x, 0, a) and n = 2^b - 1; the rounding is passed
+    Activations: x_hat = round(y n / a) a / n with y = clip(x, 0, a) and n = 2^b - 1; the rounding is passed
         straight through. Inputs that can be negative (our extension) are clipped to [-a, a], n = 2^(b-1) - 1.
-    Weights (DoReFa, equations 5 and 9): w_hat = 2 round(n (tanh(w) / 2M + 1/2)) / n - 1 with M = max|tanh(w)|,
+    Weights (DoReFa): w_hat = 2 round(n (tanh(w) / 2M + 1/2)) / n - 1 with M = max|tanh(w)|,
         n = 2^b - 1. Their grid is evenly spaced and has no zero.
     start: of a: "statistics", the a of least squared error; or "same", a spacing of 0.1 / b in every layer.
     rescale: multiply w_hat by M, so that it stands for w in the units of w. A normalisation layer behind takes any such
         factor out again; a layer without one (a classifier, a transformer's) needs it to do what it was trained for.
         False: as in the paper, w_hat in [-1, 1].
-    clip_penalty: lambda of the loss term lambda a^2 (PACT, section 3), for every layer and row.
+    clip_penalty: lambda of the loss term lambda a^2 (PACT), for every layer and row.
     """
     check_start(start)
     activation = TensorQuantizer(

@@ -1,4 +1,4 @@
-"""Policies: uniform, random, checked against a layer table; policy.json in and out. No JAX."""
+"""Policies: uniform, checked against a layer table; policy.json in and out. No JAX."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -47,33 +47,6 @@ def uniform(
         return Bits(nearest(w, layer.weight_bit_widths or bit_widths or (w,)), nearest(a, shared[layer.path]))
 
     return {layer.path: bits(layer) for layer in layers}
-
-
-def random(
-    layers: Sequence[Layer],
-    bit_widths: Sequence[int],
-    activation_bit_widths: Sequence[int],
-    rng: np.random.Generator,
-    same_bits: bool = False,
-) -> dict[str, Bits]:
-    """A policy drawn uniformly from the candidates; tied layers share the draw of their activation bits.
-
-    same_bits: activation bits are the weight bits where both have the same candidates.
-    """
-    policy: dict[str, Bits] = {}
-    shared = tied_candidates(layers, activation_bit_widths)
-    drawn: dict[str, int] = {}
-    for layer in layers:
-        if layer.bits is not None:
-            policy[layer.path] = layer.bits
-            continue
-        w = int(rng.choice(layer.weight_bit_widths or bit_widths))
-        candidates = shared[layer.path]
-        a = w if same_bits and w in candidates else int(rng.choice(candidates))
-        if layer.tied is not None:
-            a = drawn.setdefault(layer.tied, a)
-        policy[layer.path] = Bits(w, a)
-    return policy
 
 
 def tied_candidates(layers: Sequence[Layer], activation_bit_widths: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,7 @@ import pytest
 from tables import budgets_of, cost_by_hand, made
 
 from mpq_jax.importance import total
+from mpq_jax.policy import validate
 from mpq_jax.search import best_uniform, random_policies
 from mpq_jax.search.others import uniform_policies
 
@@ -33,6 +34,7 @@ def test_random_policies(options):
     assert len(found) == 10 and found == random_policies(importance, budgets, 10, seed=1)
     assert len({tuple(sorted(policy.items())) for policy in found}) == 10
     for policy in found:
+        validate(policy, importance.layers, importance.bit_widths, importance.activation_bit_widths, "random")
         assert 0.98 * budgets[0].limit <= cost_by_hand(importance, policy, "bitops") <= budgets[0].limit
         assert cost_by_hand(importance, policy, "size") <= budgets[1].limit
         if "tied" in options:

@@ -92,16 +92,6 @@ def test_uniform_is_always_allowed(w, a):
     policy.validate(policy.uniform(*ARGUMENTS[:1], w, a, *ARGUMENTS[1:]), *ARGUMENTS, "uniform")
 
 
-def test_random_honours_candidates_and_ties():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        drawn = policy.random(*ARGUMENTS, rng)
-        policy.validate(drawn, *ARGUMENTS, "random")
-    wide = made(1)
-    same = policy.random(wide.layers, wide.bit_widths, wide.activation_bit_widths, rng, same_bits=True)
-    assert all(same[f"layer{i}"].w == same[f"layer{i}"].a for i in range(4))
-
-
 def test_ties_without_common_candidates():
     layers = tuple(
         ly._replace(activation_bit_widths=(4,)) if ly.path == "layer0" else ly._replace(activation_bit_widths=(2,))

@@ -74,7 +74,7 @@ def operand_of(
     in_float = bits > MAX_BITS if float_bits or any(spec.in_float) else None
 
     def place(leaf):
-        return _broadcast(leaf, x, call.channel_axes) if weight else leaf
+        return place_on_channels(leaf, x, call.channel_axes) if weight else leaf
 
     return Operand(
         quantizer=getattr(quantizer, kind),
@@ -104,7 +104,7 @@ def grids(
 
     def weight_grid(x, bits):
         at = {name: at_bits(leaf, spec.weight_bit_widths, bits) for name, leaf in value["weight"].items()}
-        at = {name: _broadcast(leaf, weight, call.channel_axes) for name, leaf in at.items()}
+        at = {name: place_on_channels(leaf, weight, call.channel_axes) for name, leaf in at.items()}
         return quantizer.weight.fake_quant(x, at, bits, True)
 
     def activation_grid(x, bits):
@@ -114,7 +114,7 @@ def grids(
     return weight_grid, activation_grid
 
 
-def _broadcast(value: jax.Array, weight: jax.Array, channel_axes: Sequence[int]) -> jax.Array:
+def place_on_channels(value: jax.Array, weight: jax.Array, channel_axes: Sequence[int]) -> jax.Array:
     """[] stays; [..., C], an entry an output channel on the last axis, gets the weight operand's rank behind the rest."""
     if value.ndim == 0:
         return value

@@ -1,0 +1,377 @@
+"""A quantized model as a flat list of operations, its weights as integer codes: what every exported file is made from.
+
+The model is traced once. Whatever depends on its variables alone is computed; calls, loops and checkpoints are written
+out; each product of data with a parameter becomes one node that holds the codes of its weight and the grid of its input.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from mpq_jax import flax_seam, ops
+from mpq_jax.interpret import Call, bind, scan_counts
+from mpq_jax.layers import MAX_BITS, LayerSpec, leaf_paths
+from mpq_jax.operands import place_on_channels
+from mpq_jax.origins import INLINED, subjaxprs
+from mpq_jax.types import Bits, Decoding, Policy, QuantizedModel, Refusal, TensorQuantizer
+
+
+class Activation(NamedTuple):
+    """The grid of a layer's input.
+
+    values: the quantizer's leaves at this layer's bits, e.g. {"step_size": []}.
+    """
+
+    quantizer: TensorQuantizer
+    values: Mapping[str, np.ndarray]
+    bits: int
+    signed: bool
+
+    def encode(self, x: Any) -> Any:
+        """Float to integer codes, int32, the shape of x."""
+        return self.quantizer.encode(x, self.values, jnp.int32(self.bits), self.signed)
+
+    def decoding(self, x: Any) -> Decoding:
+        return self.quantizer.decoding(x, self.values, jnp.int32(self.bits), self.signed)
+
+
+class Weight(NamedTuple):
+    """A layer's weight in the layout of its product: int32 codes and what they stand for."""
+
+    codes: np.ndarray
+    decoding: Decoding
+
+
+class Product(NamedTuple):
+    """A layer: a product of data with a weight.
+
+    path, leaf: of the layer, and of the parameter that its weight comes from; index: its place in the leaf's stack, or ().
+    bits: of the policy; (32, 32) in float. weight: codes, or None in float. operand: the float weight as it came to the
+    product. activation: None in float. side: 0 or 1, which operand the weight is. whole: whether the operand is the leaf
+    itself (at `index`), element by element. affine: (multiplier, offset) that were folded in, broadcasting with the
+    output; None: none were.
+    """
+
+    path: str
+    leaf: str
+    index: tuple[int, ...]
+    bits: Bits
+    weight: Weight | None
+    operand: np.ndarray
+    activation: Activation | None
+    primitive: str
+    params: Mapping[str, Any]
+    side: int
+    channel_axes: tuple[int, ...]
+    whole: bool
+    affine: tuple[np.ndarray, np.ndarray] | None = None
+
+
+class Constant(NamedTuple):
+    """A value known in advance. value: broadcasts to `shape`, same rank. leaves: the variables that it was made from."""
+
+    value: Any
+    shape: tuple[Any, ...]
+    leaves: frozenset[str]
+
+    def full(self) -> Any:
+        return self.value if self.value.shape == self.shape else jnp.broadcast_to(self.value, self.shape)
+
+
+class Value(NamedTuple):
+    """A value that depends on the input. number: of the value in its graph."""
+
+    number: int
+    shape: tuple[Any, ...]
+    dtype: Any
+
+
+class Node(NamedTuple):
+    """One operation. eqn: its equation, for its primitive and parameters. product: set for a layer.
+
+    inputs: the data of a product alone; else one for each input of the equation. where: the module path, for messages.
+    """
+
+    eqn: Any
+    inputs: tuple[Value | Constant, ...]
+    outputs: tuple[Value, ...]
+    product: Product | None
+    where: str
+
+    @property
+    def name(self) -> str:
+        return self.eqn.primitive.name
+
+
+class Graph(NamedTuple):
+    """nodes: in an order in which they can run, none without use. inputs, outputs: in the model's flat order."""
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value | Constant, ...]
+    nodes: tuple[Node, ...]
+
+    @property
+    def products(self) -> tuple[Node, ...]:
+        return tuple(node for node in self.nodes if node.product)
+
+
+# (path, weight operand) -> the codes that a file has for it
+Packed = Callable[[str, np.ndarray], Weight]
+
+
+def graph(
+    model: QuantizedModel, variables: Any, policy: Policy, *inputs: Any, packed: Packed | None = None, **kwargs: Any
+) -> Graph:
+    """The model with this policy as a Graph.
+
+    variables: with the quantizer's leaves. inputs: arrays or jax.ShapeDtypeStruct; a leading dimension may be symbolic
+    (jax.export.symbolic_shape). packed: where the codes come from; default: the weights in `variables` are encoded.
+    Raises Refusal for a product in a loop whose length is not known, and for grids that are not finite.
+    """
+    calls: dict[str, Call] = {}
+
+    def marking(call: Call, lhs: Any, rhs: Any, _: Any) -> tuple[Any, None]:
+        name = f"mpq_layer {call.leaf} {call.number}"
+        calls[name] = call
+        product = ops.contract(call.primitive, call.params, "plain")
+
+        def marked(lhs, rhs):
+            return product(lhs, rhs)
+
+        marked.__name__ = name
+        return jax.jit(marked)(lhs, rhs), None
+
+    closed = jax.make_jaxpr(lambda v, *inputs: model.walk(v, {}, marking, inputs, kwargs)[0])(variables, *inputs)
+    flat = {
+        f"{collection}/{path}": leaf
+        for collection, tree in variables.items()
+        for path, leaf in flax_seam.flatten(tree).items()
+    }
+    names = jax.tree.leaves(
+        {c: flax_seam.unflatten({p: f"{c}/{p}" for p in flax_seam.flatten(tree)}) for c, tree in variables.items()}
+    )
+    builder = _Builder(model, policy, flax_seam.flatten(variables["params"]), calls, packed)
+    arguments: list[Value | Constant] = [
+        Constant(jnp.asarray(flat[name]), jnp.shape(flat[name]), frozenset([name])) for name in names
+    ]
+    given = [builder.value(v.aval) for v in closed.jaxpr.invars[len(names) :]]
+    consts = [Constant(jnp.asarray(c), jnp.shape(c), frozenset()) for c in closed.consts]
+    outputs = builder.evaluate(closed.jaxpr, [*consts, *arguments, *given], ())
+    return Graph(tuple(given), tuple(outputs), tuple(_used(builder.nodes, outputs)))
+
+
+def _used(nodes: Sequence[Node], outputs: Iterable[Value | Constant]) -> list[Node]:
+    wanted = {o.number for o in outputs if isinstance(o, Value)}
+    kept = []
+    for node in reversed(nodes):
+        if any(o.number in wanted for o in node.outputs):
+            kept.append(node)
+            wanted |= {i.number for i in node.inputs if isinstance(i, Value)}
+    return kept[::-1]
+
+
+class _Builder:
+    """One walk over the traced model. `at`: the position in each surrounding loop, outermost first."""
+
+    def __init__(self, model, policy, params, calls, packed):
+        self.model, self.policy, self.params, self.calls, self.packed = model, policy, params, calls, packed
+        self.nodes: list[Node] = []
+        self.count = 0
+
+    def value(self, aval: Any) -> Value:
+        self.count += 1
+        return Value(self.count, tuple(aval.shape), aval.dtype)
+
+    def evaluate(
+        self, jaxpr: Any, arguments: Sequence[Value | Constant], at: tuple[int, ...]
+    ) -> list[Value | Constant]:
+        env: dict[Any, Value | Constant] = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
+
+        def read(atom: Any) -> Value | Constant:
+            if isinstance(atom, core.Literal):
+                return Constant(jnp.asarray(atom.val, atom.aval.dtype), jnp.shape(atom.val), frozenset())
+            return env[atom]
+
+        for eqn in jaxpr.eqns:
+            outs = self.equation(eqn, [read(a) for a in eqn.invars], at)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(a) for a in jaxpr.outvars]
+
+    def equation(self, eqn: Any, ins: list[Value | Constant], at: tuple[int, ...]) -> list[Value | Constant]:
+        name = eqn.primitive.name
+        if name in INLINED and eqn.params.get("name") in self.calls:
+            return [self.product(eqn, self.calls[eqn.params["name"]], ins, at)]
+        if name == "scan" and any(isinstance(i, Value) for i in ins):
+            return self.scan(eqn, ins, at)
+        bodies = subjaxprs(eqn)
+        if name in (*INLINED, "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2") and bodies:
+            inner = next(
+                v for v in eqn.params.values() if hasattr(v, "eqns") or hasattr(getattr(v, "jaxpr", v), "eqns")
+            )
+            consts = [Constant(jnp.asarray(c), jnp.shape(c), frozenset()) for c in getattr(inner, "consts", ())]
+            return self.evaluate(bodies[0], [*consts, *ins], at)
+        if (known := self.known(eqn, ins)) is not None:
+            return known
+        outs = [self.value(v.aval) for v in eqn.outvars]
+        self.nodes.append(Node(eqn, tuple(ins), tuple(outs), None, _where(eqn)))
+        return list(outs)
+
+    def known(self, eqn: Any, ins: list[Value | Constant]) -> list[Value | Constant] | None:
+        """The outputs of an equation of constants; None where it is not one, or its shape is symbolic."""
+        constants = [i for i in ins if isinstance(i, Constant)]
+        if len(constants) < len(ins):
+            return None
+        leaves = frozenset().union(*(c.leaves for c in constants))
+        if eqn.primitive.name == "broadcast_in_dim" and constants[0].value.shape == constants[0].shape:
+            # Left as it is but for axes of length 1: the whole would be as large as the activations.
+            shape, axes = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+            small = [constants[0].shape[axes.index(i)] if i in axes else 1 for i in range(len(shape))]
+            return [Constant(constants[0].value.reshape(small), tuple(shape), leaves)]
+        if not all(isinstance(n, int) for v in (*eqn.invars, *eqn.outvars) for n in v.aval.shape):
+            return None
+        return [Constant(out, out.shape, leaves) for out in bind(eqn, [c.full() for c in constants])]
+
+    def scan(self, eqn: Any, ins: list[Value | Constant], at: tuple[int, ...]) -> list[Value | Constant]:
+        """A loop, written out."""
+        params = eqn.params
+        n_consts, n_carry = scan_counts(params)
+        closed, length = params["jaxpr"], params["length"]
+        fixed = [Constant(jnp.asarray(c), jnp.shape(c), frozenset()) for c in closed.consts] + ins[:n_consts]
+        carry, slices = ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
+        stacked: list[list[Value | Constant]] = []
+        for i in range(length)[:: -1 if params["reverse"] else 1]:
+            sliced = [self.run(functools.partial(lambda x, i: x[i], i=i), x) for x in slices]
+            outs = self.evaluate(closed.jaxpr, [*fixed, *carry, *sliced], (*at, i))
+            carry = outs[:n_carry]
+            stacked.append(outs[n_carry:])
+        if params["reverse"]:
+            stacked.reverse()
+        return [*carry, *(self.run(lambda *xs: jnp.stack(xs), *each) for each in zip(*stacked, strict=True))]
+
+    def run(self, function: Callable[..., Any], *ins: Value | Constant) -> Value | Constant:
+        """A function of our own, traced into the graph."""
+        shapes = [jax.ShapeDtypeStruct(i.shape, i.dtype if isinstance(i, Value) else i.value.dtype) for i in ins]
+        closed = jax.make_jaxpr(function)(*shapes)
+        consts = [Constant(jnp.asarray(c), jnp.shape(c), frozenset()) for c in closed.consts]
+        return self.evaluate(closed.jaxpr, [*consts, *ins], ())[0]
+
+    def product(self, eqn: Any, call: Call, ins: list[Value | Constant], at: tuple[int, ...]) -> Value | Constant:
+        weight, data = ins[call.weight_side], ins[1 - call.weight_side]
+        spec = self.model.specs[call.leaf]
+        index = tuple(at[depth] for depth in call.stack)
+        path = spec.paths[int(np.ravel_multi_index(index, spec.stack)) if spec.stack else 0]
+        if not isinstance(weight, Constant) or isinstance(data, Constant):
+            raise Refusal(f"the weight of layer {path!r} depends on the model's input; leave it in float with a rule")
+        operand = np.asarray(weight.full())
+        bits = Bits(32, 32) if spec.in_float[spec.paths.index(path)] else self.policy[path]
+        leaf = np.asarray(self.params[call.leaf])[index]
+        activation = None if bits.a > MAX_BITS else _activation(self.model, spec, self.params, index, int(bits.a))
+        encoded = None
+        if not (isinstance(bits.w, int) and bits.w > MAX_BITS):
+            encoded = (
+                self.packed(path, operand)
+                if self.packed
+                else encode_weight(self.model, call.leaf, self.params, index, bits.w, operand, call.channel_axes)
+            )
+        out = self.value(eqn.outvars[0].aval)
+        made = Product(
+            path=path,
+            leaf=call.leaf,
+            index=index,
+            bits=bits,
+            weight=encoded,
+            operand=operand,
+            activation=activation,
+            primitive=call.primitive,
+            params=call.params,
+            side=call.weight_side,
+            channel_axes=call.channel_axes,
+            whole=leaf.shape == operand.shape and leaf.dtype == operand.dtype and bool((leaf == operand).all()),
+        )
+        self.nodes.append(Node(eqn, (data,), (out,), made, call.where))
+        return out
+
+
+def _where(eqn: Any) -> str:
+    return str(eqn.source_info.name_stack) or "the model's top level"
+
+
+# ---- grids --------------------------------------------------------------------------------------------------------
+
+
+def _at(
+    model: QuantizedModel, spec: LayerSpec, kind: str, params: Mapping[str, Any], index, bits: int
+) -> dict[str, Any]:
+    """The quantizer's leaves of one layer at one width."""
+    widths = spec.weight_bit_widths if kind == "weight" else spec.activation_bit_widths
+    paths = leaf_paths(spec, model.quantizer, kind)
+    if missing := [path for path in paths.values() if path not in params]:
+        raise Refusal(f"layer {spec.paths[0]!r} has no {missing[0]!r}: the model was never calibrated")
+    values = {name: np.asarray(params[path])[index][widths.index(bits)] for name, path in paths.items()}
+    for name, value in values.items():
+        if not np.isfinite(value).all() or (name in getattr(model.quantizer, kind).leaves and not (value > 0).all()):
+            raise Refusal(
+                f"{name} of layer {spec.paths[0]!r} at {bits} bits is not positive and finite: it was never fitted; "
+                "calibrate, or train again"
+            )
+    return values
+
+
+def _activation(model: QuantizedModel, spec: LayerSpec, params: Mapping[str, Any], index, bits: int) -> Activation:
+    return Activation(
+        model.quantizer.activation, _at(model, spec, "activation", params, index, bits), bits, spec.signed
+    )
+
+
+def encode_weight(
+    model: QuantizedModel,
+    leaf: str,
+    params: Mapping[str, Any],
+    index: tuple[int, ...],
+    bits: Any,
+    operand: np.ndarray,
+    channel_axes: Sequence[int],
+) -> Weight:
+    """The codes of a weight operand. bits: one width, or a sequence of one for each output channel.
+
+    Each width's codes are made of the whole tensor and each channel takes those of its own, as in `apply`.
+    """
+    spec, quantizer = model.specs[leaf], model.quantizer.weight
+    by_width: dict[int, Weight] = {}
+    for width in dict.fromkeys([bits] if isinstance(bits, int) else [int(b) for b in bits]):
+        values = {
+            name: place_on_channels(jnp.asarray(value), operand, channel_axes)
+            for name, value in _at(model, spec, "weight", params, index, width).items()
+        }
+        at = (jnp.asarray(operand), values, jnp.int32(width), True)
+        by_width[width] = Weight(
+            np.asarray(quantizer.encode(*at)),
+            Decoding(*(None if x is None else np.asarray(x) for x in quantizer.decoding(*at))),
+        )
+    if len(by_width) == 1:
+        return next(iter(by_width.values()))
+    return _mixed_channels(by_width, np.asarray(bits), operand, channel_axes)
+
+
+def _mixed_channels(by_width: Mapping[int, Weight], bits: np.ndarray, operand: np.ndarray, channel_axes) -> Weight:
+    channel_shape = tuple(n if i in channel_axes else 1 for i, n in enumerate(operand.shape))
+    own = bits.reshape(channel_shape)
+    codes = np.select([own == b for b in by_width], [w.codes for w in by_width.values()])
+    decodings = [w.decoding for w in by_width.values()]
+    hits = [own == b for b in by_width]
+    if decodings[0].table is None:
+        scale = np.select(hits, [np.broadcast_to(d.scale, channel_shape) for d in decodings]).astype(np.float32)
+        offset = np.select(hits, [np.broadcast_to(d.offset, channel_shape) for d in decodings]).astype(np.float32)
+        return Weight(codes, Decoding(scale, offset))
+    levels = max(len(d.table) for d in decodings)
+    tables = []
+    for d in decodings:
+        table = d.table.reshape(len(d.table), *([1] * operand.ndim if d.table.ndim == 1 else d.table.shape[1:]))
+        filled = np.pad(table, [(0, levels - len(table))] + [(0, 0)] * operand.ndim, mode="edge")
+        tables.append(np.broadcast_to(filled, (levels, *channel_shape)))
+    return Weight(codes, Decoding(table=np.select([h[None] for h in hits], tables)))

@@ -11,7 +11,7 @@ from mpq_jax.interpret import Call
 from mpq_jax.layers import MAX_BITS, LayerSpec, leaf_paths
 from mpq_jax.mixture import mixture, one_hot
 from mpq_jax.numerics import at_bits, wide
-from mpq_jax.types import Quantizer, TensorQuantizer
+from mpq_jax.types import Decoding, Quantizer, TensorQuantizer
 
 # What `apply` measures on the way when asked to, over the layers that a policy quantizes:
 # "error": the sum of mean (x_hat - x)^2 / mean x^2 of weights and of activations, [], with gradients to trained leaves
@@ -52,6 +52,21 @@ class Operand(NamedTuple):
         """x_hat; x itself where the bits say float."""
         x_hat = self._by_channel() if jnp.ndim(self.bits) else self.call(self.quantizer.fake_quant)
         return x_hat if self.in_float is None else jnp.where(self.place(self.in_float), self.x, x_hat)
+
+    def encoded(self) -> tuple[jax.Array, Decoding]:
+        """(codes, their decoding); bits per output channel: each channel's own. For tensors that are not in float."""
+        if not jnp.ndim(self.bits):
+            return self.call(self.quantizer.encode), self.call(self.quantizer.decoding)
+        codes, scale, offset = jnp.zeros(self.x.shape, jnp.int32), jnp.full((), jnp.nan), 0.0
+        for k, width in enumerate(self.widths):
+            values = {name: self.place(leaf[k]) for name, leaf in self.leaves.items()}
+            at = (self.x, values, jnp.int32(width), self.signed)
+            decoding, mine = self.quantizer.decoding(*at), self.place(self.bits == width)
+            if decoding.table is not None:
+                return codes, decoding  # which products of codes refuse
+            codes = jnp.where(mine, self.quantizer.encode(*at), codes)
+            scale, offset = jnp.where(mine, decoding.scale, scale), decoding.offset
+        return codes, Decoding(scale, offset)
 
     def _by_channel(self) -> jax.Array:
         """Each output channel on a grid of its own.
@@ -114,7 +129,7 @@ def grids(
     return weight_grid, activation_grid
 
 
-def place_on_channels(value: jax.Array, weight: jax.Array, channel_axes: Sequence[int]) -> jax.Array:
+def place_on_channels(value: jax.Array, weight: Any, channel_axes: Sequence[int]) -> jax.Array:
     """[] stays; [..., C], an entry an output channel on the last axis, gets the weight operand's rank behind the rest."""
     if value.ndim == 0:
         return value

@@ -146,6 +146,26 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
     return path
 
 
+def finetuned(
+    config: Config, workdir: Path, policy_path: Path
+) -> tuple[stages.Run, Mapping[str, Any], dict[str, Bits]]:
+    """(run, variables, policy) of a fine-tuning that is finished. Raises Refusal where it is not."""
+    table = importance.load_importance(importance_of(workdir, policy_path))
+    chosen = policy.load_policy(policy_path, table.layers, table.bit_widths, table.activation_bit_widths)
+    stage = stage_of(config, chosen)
+    run = stages.open_run(config, workdir)
+    step, steps = latest_step(workdir / "finetune" / stage) or 0, stages.steps_of(config.finetune, run)
+    if step < steps:
+        raise Refusal(
+            f"{workdir} has no finished fine-tuning of {policy_path} with these settings (step {step} of {steps}); "
+            f"do it with: python train.py --config … --workdir {workdir} --policy {policy_path} "
+            "(and give the same --finetune options here)"
+        )
+    float_variables = stages.finished_float(run)
+    start = stages.calibrated(run, float_variables)  # only its shapes count: all is restored
+    return run, stages.finetuner(run, float_variables)(stage, "mixed", chosen, start), chosen
+
+
 def _compared(table: Importance, budgets: Sequence[Budget], config: Config) -> list[Contestant]:
     """The best uniform policy that fits, and random ones within 2 % of the budget (5 or 10 % for small networks)."""
     found: list[Contestant] = []

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mpq_jax import flax_seam, ops
+from mpq_jax.codes import product_of_codes
 from mpq_jax.interpret import Call
 from mpq_jax.layers import (
     LayerSpec,
@@ -103,10 +104,11 @@ def quantize(
         kernels: ops.Kernels = "rows",
         terms: Sequence[str] = (),
         float_bits=False,
+        exact=False,
         **kwargs,
     ):
         values = {} if policy is None else _values(specs, quantizer, variables, policy)
-        handler = _quantizing(specs, quantizer, kernels, terms, float_bits)
+        handler = _quantizing(specs, quantizer, kernels, terms, float_bits, exact)
         outputs, updates, taps = walk(variables, values, handler, inputs, kwargs, mutable, rngs)
         result = (outputs, updates) if mutable else (outputs,)
         if terms:
@@ -202,11 +204,14 @@ def _quantizing(
     kernels: ops.Kernels,
     terms: Sequence[str],
     float_bits: bool = False,
+    exact: bool = False,
 ) -> Callable[..., Any]:
     """The handler of `apply`: both operands on their grids, then the product; taps the terms that are asked for.
 
     float_bits: bits above MAX_BITS leave an operand in float, in layers that no rule left in float too. For
     evaluation: the gradient of an operand that was left so is not defined.
+    exact: the product is one of integer codes in float32, multiplied by the two scales after it, as integer arithmetic
+    does it: the same sums in any order, as long as they stay below 2^24. For evaluation.
     """
 
     def handler(call: Call, lhs, rhs, value):
@@ -217,6 +222,10 @@ def _quantizing(
         inputs = [lhs, rhs]
         x = {"weight": inputs[call.weight_side], "activation": inputs[1 - call.weight_side]}
         operands = {kind: operand_of(call, spec, quantizer, kind, x[kind], value, float_bits) for kind in x}
+        if exact and all(each.in_float is None for each in operands.values()):
+            encoded = (operands["weight"].encoded(), operands["activation"].encoded())
+            at = (call.primitive, call.params, call.weight_side, call.channel_axes)
+            return product_of_codes(*at, *encoded, spec.paths[0]), None
         inputs[call.weight_side], inputs[1 - call.weight_side] = (each.on_grid() for each in operands.values())
         tap = {term: tapped(term, operands, value) for term in terms}
         return product(*inputs), tap or None

@@ -212,7 +212,8 @@ class QuantizedModel(NamedTuple):
     quantizer: the method.
     variables: the float model's own variables where it carries them (NNX), else None (Linen: from its `init`).
     apply(variables, policy, *inputs, mutable=False, rngs=None, terms=(), **kwargs) -> outputs, or (outputs, updates) as
-        Linen's. A policy of None runs the float model. With `terms` (of "error", "penalty", "state") one more result,
+        Linen's. A policy of None runs the float model. exact=True multiplies integer codes and scales the sums after.
+        With `terms` (of "error", "penalty", "state") one more result,
         {term: value}: what the quantizers measured on the way; see `operands.TERMS`.
     calibrate(variables, *inputs, **kwargs) -> variables with the quantizer's leaves set from one batch.
     walk(variables, values, handler, inputs, kwargs, mutable, rngs) -> (outputs, updates, taps): what the two above

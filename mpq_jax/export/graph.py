@@ -50,16 +50,16 @@ class Weight(NamedTuple):
 class Product(NamedTuple):
     """A layer: a product of data with a weight.
 
-    path, leaf: of the layer, and of the parameter that its weight comes from; index: its place in the leaf's stack, or ().
+    path, leaf: of the layer, and of the parameter that its weight comes from; position: in the leaf's stack, or ().
     bits: of the policy; (32, 32) in float. weight: codes, or None in float. operand: the float weight as it came to the
     product. activation: None in float. side: 0 or 1, which operand the weight is. whole: whether the operand is the leaf
-    itself (at `index`), element by element. affine: (multiplier, offset) that were folded in, broadcasting with the
+    itself (at `position`), element by element. affine: (multiplier, offset) that were folded in, broadcasting with the
     output; None: none were.
     """
 
     path: str
     leaf: str
-    index: tuple[int, ...]
+    position: tuple[int, ...]
     bits: Bits
     weight: Weight | None
     operand: np.ndarray
@@ -120,8 +120,8 @@ class Graph(NamedTuple):
         return tuple(node for node in self.nodes if node.product)
 
 
-# (path, weight operand) -> the codes that a file has for it
-Packed = Callable[[str, np.ndarray], Weight]
+# (path, weight operand) -> the codes that a file has for it; of a layer in float its weight
+Packed = Callable[[str, np.ndarray], Weight | np.ndarray]
 
 
 def graph(
@@ -272,17 +272,17 @@ class _Builder:
         leaf = np.asarray(self.params[call.leaf])[index]
         activation = None if bits.a > MAX_BITS else _activation(self.model, spec, self.params, index, int(bits.a))
         encoded = None
-        if not (isinstance(bits.w, int) and bits.w > MAX_BITS):
-            encoded = (
-                self.packed(path, operand)
-                if self.packed
-                else encode_weight(self.model, call.leaf, self.params, index, bits.w, operand, call.channel_axes)
-            )
+        in_float = isinstance(bits.w, int) and bits.w > MAX_BITS
+        if self.packed:
+            found = self.packed(path, operand)
+            encoded, operand = (found, operand) if isinstance(found, Weight) else (None, found)
+        elif not in_float:
+            encoded = encode_weight(self.model, call.leaf, self.params, index, bits.w, operand, call.channel_axes)
         out = self.value(eqn.outvars[0].aval)
         made = Product(
             path=path,
             leaf=call.leaf,
-            index=index,
+            position=index,
             bits=bits,
             weight=encoded,
             operand=operand,

@@ -1,0 +1,155 @@
+"""What `python -m mpq_jax.export` does: writes the files, compares them with the model, measures a file."""
+
+import argparse
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpq_jax import config as config_lib
+from mpq_jax import costs, data, stages
+from mpq_jax.config import Config
+from mpq_jax.export import c_header, packed, replay
+from mpq_jax.export.fold import fold
+from mpq_jax.export.graph import Graph, graph
+from mpq_jax.files import write_text
+from mpq_jax.pipeline import finetuned
+from mpq_jax.types import Refusal
+
+BATCH = 250  # images at a time, operation by operation
+
+
+def write(config: Config, arguments: argparse.Namespace) -> None:
+    """All files of the formats that were asked for, each whole or not at all."""
+    run, variables, policy = finetuned(config, arguments.workdir, arguments.policy)
+    out: Path = arguments.out
+    shape = run.dataset.image_shape
+    one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    if "packed" in arguments.formats:
+        made = graph(run.model, variables, policy, one, train=False)
+        path = out / "model.safetensors"
+        chosen = fold(made) if arguments.fold else made
+        found = packed.save(path, chosen, run.model.quantizer.name, variables, _kept(config))
+        print("\n".join(table(found)))
+        promised = costs.size(run.model.layers, policy)
+        same = "as the search promised" if promised == found.weight_bytes else f"the search promised {promised:,}"
+        print(f"{path}: {found.file_bytes:,} bytes, weights {found.weight_bytes:,} ({same})")
+        if arguments.c_header:
+            write_text(out / "model.h", c_header.header(packed.load(path)))
+            print(f"C header: {out / 'model.h'}")
+        if arguments.check != 0:
+            check(path, run, variables, policy, arguments.check)
+    if "stablehlo" in arguments.formats:
+        from mpq_jax.export import stablehlo
+
+        stablehlo.save(stablehlo.stablehlo(run.model, variables, policy, shape), out / "model.stablehlo")
+        print(f"StableHLO: {out / 'model.stablehlo'}")
+    for name, file in (("onnx", "model.onnx"), ("qonnx", "model.qonnx.onnx")):
+        if name in arguments.formats:
+            from mpq_jax.export import onnx
+
+            make = onnx.standard if name == "onnx" else onnx.qonnx
+            onnx.save(make(run.model, variables, policy, shape), out / file)
+            print(f"{name.upper()}: {out / file}")
+
+
+def _kept(config: Config) -> dict[str, Any]:
+    """What making the model and reading its data again takes, as JSON."""
+    return {
+        key: value for key, value in config_lib.to_json(config).items() if key in ("seed", "data", "model", "quantize")
+    }
+
+
+def table(sizes: packed.Sizes) -> list[str]:
+    """The bytes of a packed file, line by line."""
+    width = max(len(line.name) for line in (*sizes.weights, *sizes.others))
+    lines = [f"{'weights':{width}}  {'bits':>7}  {'elements':>12}  {'bytes':>12}"]
+    lines += [f"{x.name:{width}}  {x.bits:>7}  {x.elements:12,}  {x.bytes:12,}" for x in sizes.weights]
+    lines += ["", f"{'other tensors':{width}}  {'type':>7}  {'elements':>12}  {'bytes':>12}"]
+    lines += [f"{x.name:{width}}  {x.bits:>7}  {x.elements:12,}  {x.bytes:12,}" for x in sizes.others]
+    others = sum(line.bytes for line in sizes.others)
+    lines += ["", f"weights {sizes.weight_bytes:,} + other tensors {others:,} + header {sizes.header:,} bytes"]
+    return lines
+
+
+# ---- comparing ----------------------------------------------------------------------------------------------------
+
+
+def _images(dataset: data.Dataset, limit: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(images, labels) of the test split, or of its first `limit`, without the padding of the last batch."""
+    for batch in data.eval_batches(dataset, "test", BATCH, limit=limit):
+        real = np.asarray(batch["label"]) >= 0
+        yield np.asarray(batch["image"])[real], np.asarray(batch["label"])[real]
+
+
+def check(path: Path, run: stages.Run, variables: Any, policy: Any, limit: int | None) -> None:
+    """Runs the file with integers, against the model with exact products and against the ordinary fake-quantized one."""
+    file, shapes = packed.load(path), _shapes(run)
+    shape = run.dataset.image_shape
+
+    def image(count: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, *shape), jnp.float32)
+
+    def from_file(count: int) -> Graph:
+        return packed.network(file, run.model, shapes, image(count), train=False)
+
+    def from_model(count: int) -> Graph:
+        made = graph(run.model, variables, policy, image(count), train=False)
+        return fold(made) if any(entry.get("folded") for entry in file.layers.values()) else made
+
+    for found in replay.inexact(from_file(1)):
+        print(f"note: sums of {found.path} may reach {found.largest:,}: above 2^24 float32 rounds, integers do not")
+    integers = replay.runner(from_file, replay.integer)
+    exact = replay.compare(integers, replay.runner(from_model, replay.exact), _images(run.dataset, limit))
+    print(f"integers against exact=True: {_text(exact)}")
+    fake = replay.runner(from_model, replay.fake_quantized)
+    ordinary = replay.compare(integers, fake, _images(run.dataset, limit))
+    print(f"integers against fake-quantized: {_text(ordinary)}")
+    for layer, (differ, count) in ordinary.codes.items():
+        if differ:
+            print(f"  {layer}: {differ:,} of {count:,} codes differ")
+
+
+def _text(found: replay.Differences) -> str:
+    flips, images = found.top1
+    text = f"{found.differing:,} of {found.all_codes:,} codes differ, top-1 differs on {flips:,} of {images:,} images"
+    if found.accuracy is not None:
+        text += f"; accuracy {found.accuracy[0]:.2%} and {found.accuracy[1]:.2%}"
+    return text
+
+
+def _shapes(run: stages.Run) -> Any:
+    """Shapes of the variables, the quantizer's leaves with them."""
+    image = jax.ShapeDtypeStruct((1, *run.dataset.image_shape), jnp.float32)
+    return jax.eval_shape(lambda v, x: run.model.calibrate(v, x, train=False), run.variables, image)
+
+
+# ---- measuring a file ---------------------------------------------------------------------------------------------
+
+
+def evaluate(path: Path, overrides: Sequence[str], limit: int | None) -> float:
+    """The accuracy of a packed file on its test set, run with integers. limit: how many images; None: all."""
+    file = packed.load(path)
+    try:
+        config = config_lib.override(config_lib.from_json(file.config), overrides)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refusal(f"{path} is not of this program ({error}); export it again") from None
+    run = stages.open_run(config, path.parent)
+    shapes = _shapes(run)
+    make = functools.lru_cache(maxsize=4)(
+        lambda count: packed.network(
+            file, run.model, shapes, jax.ShapeDtypeStruct((count, *run.dataset.image_shape), jnp.float32), train=False
+        )
+    )
+    right = images = 0
+    for x, labels in _images(run.dataset, limit):
+        logits = np.asarray(replay.run(make(len(x)), replay.integer, x)[0])
+        right, images = right + int((logits.argmax(-1) == labels).sum()), images + len(x)
+    print(
+        f"{path}: {right:,} of {images:,} right, test accuracy {right / images:.2%} (integers, {path.stat().st_size:,} bytes)"
+    )
+    return right / images

@@ -1,0 +1,124 @@
+"""Small quantized networks for the tests of exports, with normalisation statistics and policies that are not trivial."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+from mpq_jax.quantize import quantize
+from mpq_jax.quantizers import lq_nets, lsq, pact, qil
+from mpq_jax.types import Bits, Policy, QuantizedModel
+
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+IMAGES = np.random.default_rng(0).normal(size=(12, 6, 6, 2)).astype(np.float32)
+
+
+class Case(NamedTuple):
+    model: QuantizedModel
+    variables: Any
+    policy: Policy
+    images: np.ndarray
+    kwargs: dict[str, Any]
+
+
+class Net(nn.Module):
+    """Convolutions (strided, depthwise, a residual), BatchNorm, and a projection with two axes of output channels."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(4, (3, 3), name="stem")(x))
+        y = nn.BatchNorm(use_running_average=not train, name="bn")(nn.Conv(6, (3, 3), strides=2, name="conv")(x))
+        y = nn.relu(y + nn.Conv(6, (1, 1), strides=2, use_bias=False, name="shortcut")(x))
+        y = nn.relu(nn.Conv(6, (3, 3), feature_group_count=6, name="depthwise")(y)).mean((1, 2))
+        y = nn.relu(nn.DenseGeneral((2, 4), name="general")(y)).reshape(-1, 8)
+        return nn.Dense(3, name="head")(y)
+
+
+class Stack(nn.Module):
+    """A scanned stack of two layers, and a transposed convolution before it, whose kernel is flipped on the way."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.ConvTranspose(4, (2, 2), strides=(2, 2), transpose_kernel=True, name="up")(x)).mean((1, 2))
+
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + jnp.tanh(nn.Dense(4, name="dense")(x)), None
+
+        blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        x, _ = blocks(name="blocks")(x, None)
+        return nn.Dense(3, name="head")(x)
+
+
+class Tied(nn.Module):
+    """An embedding that is both looked up and multiplied with: its table is needed in float as well."""
+
+    @nn.compact
+    def __call__(self, tokens, train=False):
+        embed = nn.Embed(7, 8, name="embed")
+        return embed.attend(nn.relu(nn.Dense(8, name="dense")(embed(tokens).mean(1))))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
+
+
+QUANTIZERS = {
+    "lsq": lsq(),
+    "channels": lsq(per_channel=True),
+    "pact": pact(),
+    "qil": qil(),
+    "lq_nets": lq_nets(),
+}
+
+
+def unsettled(variables: Any, seed: int = 1) -> Any:
+    """The variables with statistics, biases and normalisation that are neither 0 nor 1."""
+    rng = np.random.default_rng(seed)
+
+    def change(path, x):
+        name = jax.tree_util.keystr(path)
+        if any(word in name for word in ("bias", "scale", "mean", "var")):
+            return jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype)
+        return x
+
+    return jax.tree_util.tree_map_with_path(change, dict(variables))
+
+
+@functools.cache
+def case(net: str = "net", quantizer: str = "lsq", by_channel: bool = False, seed: int = 0, **options: Any) -> Case:
+    """net: "net", "stack", "tied" or "nnx". by_channel: weight bits per output channel where a layer can have them."""
+    images: np.ndarray = IMAGES
+    if net == "tied":
+        images = np.random.default_rng(0).integers(0, 7, (12, 5)).astype(np.int32)
+    module: Any = {"net": Net, "stack": Stack, "tied": Tied}.get(net, lambda: Nnx(nnx.Rngs(0)))()
+    kwargs = {} if net == "nnx" else {"train": False}
+    chosen = QUANTIZERS[quantizer]
+    widths = tuple(b for b in WIDTHS if b <= min(8, chosen.max_bits))
+    options = {"ends": Bits(8, 8) if chosen.max_bits >= 8 else None, **options}
+    model = quantize(module, images, bit_widths=widths, quantizer=chosen, **options, **kwargs)
+    variables = model.variables if net == "nnx" else module.init(jax.random.key(0), images)
+    variables = jax.jit(lambda v, x: model.calibrate(v, x, **kwargs))(unsettled(variables), images)
+    rng = np.random.default_rng(seed)
+    tied: dict[str, int] = {}
+
+    def draw(layer):
+        if layer.bits is not None:
+            return layer.bits
+        a = tied.setdefault(layer.tied or layer.path, int(rng.choice(widths)))
+        if by_channel and layer.channels:
+            return Bits(tuple(rng.choice(widths, layer.channels).tolist()), a)
+        return Bits(int(rng.choice(widths)), a)
+
+    return Case(model, variables, {layer.path: draw(layer) for layer in model.layers}, images, kwargs)

@@ -68,10 +68,11 @@ class Nnx(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
         self.norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
         self.head = nnx.Linear(4, 3, rngs=rngs)
 
     def __call__(self, x):
-        return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
+        return self.head(self.drop(nnx.relu(self.norm(self.conv(x))).mean((1, 2))))
 
 
 QUANTIZERS = {

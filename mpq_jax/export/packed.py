@@ -287,6 +287,9 @@ def restore(file: File, model: QuantizedModel, shapes: Any) -> tuple[dict[str, A
 
 
 def _blank(leaf: Any) -> Any:
+    """What stands for a variable that the file does not hold: NaN; random streams of NNX models, which nothing draws from."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0, impl=jax.random.key_impl(jnp.empty((), leaf.dtype))), leaf.shape)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf if isinstance(leaf, (np.ndarray, jax.Array)) else np.zeros(leaf.shape, leaf.dtype)
     return np.full(leaf.shape, np.nan, leaf.dtype)

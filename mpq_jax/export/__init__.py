@@ -1,0 +1,1 @@
+"""Files that other programs run: one module a format."""

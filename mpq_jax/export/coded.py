@@ -68,7 +68,7 @@ def coded(
 ) -> Coded:
     """The codes of every quantized weight operand, and what decodes them: one compiled walk of the model.
 
-    sample: an input of batch 1, array or jax.ShapeDtypeStruct; its values do not matter. kwargs: of the model's call.
+    sample: an input of any batch size, array or jax.ShapeDtypeStruct; its values do not matter. kwargs: of the model's call.
     packed: False holds codes of up to 4 bits as int4 or uint4.
     Raises Refusal for a policy of another model, and for variables without the quantizer's leaves.
     """
@@ -154,7 +154,7 @@ def _held(tap: dict[str, Any], shape: tuple[int, ...], packed: bool) -> tuple[di
     if decoding.table is not None:
         # Only the levels that these codes name: a basis has those of its layer's widest candidate.
         kept = decoding.table[(slice(None),) * len(lead) + (slice(2 ** high.bit_length()),)]
-        decoding = Decoding(table=kept)
+        decoding = Decoding(offset=None, table=kept)
     value = {"codes": pack(codes.reshape(*lead, -1), container, low < 0, packed), "decoding": decoding}
     value |= {"activation": tap["activation"], "bits": tap["bits"]}
     floats = None

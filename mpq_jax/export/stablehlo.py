@@ -44,7 +44,7 @@ def stablehlo(
     Raises Refusal for a policy of another model, variables that were not calibrated, and a model that cannot be traced
     for every batch size at once.
     """
-    sample = jax.ShapeDtypeStruct((1, *sample_shape), dtype)
+    sample = jax.ShapeDtypeStruct((batch or 1, *sample_shape), dtype)
     program = make_program(
         model, variables, coded(model, variables, policy, sample, packed, **kwargs), sample, **kwargs
     )

@@ -139,11 +139,11 @@ def _equation(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], valu
         _note_unreached(walk, eqn, origins)
     elif name in OTHER_CONTRACTIONS:
         _note_unreached(walk, eqn, origins)
-    outs = _bind(eqn, ins)
+    outs = bind(eqn, ins)
     return outs, propagate(walk.fresh, eqn, origins), {}
 
 
-def _bind(eqn: Any, ins: list[Any]) -> list[Any]:
+def bind(eqn: Any, ins: list[Any]) -> list[Any]:
     """The equation itself, evaluated as a jaxpr of one equation: JAX's public way to keep its derivative rules."""
     given = {v: x for v, x in zip(eqn.invars, ins, strict=True) if not isinstance(v, core.Literal)}
     outvars = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
@@ -182,7 +182,7 @@ def _contraction(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], v
         # Two activations, or two parameters: the latter's result is a weight itself, seen where it meets data.
         if lhs.data and rhs.data:
             walk.trace.products.append((_where(eqn), macs * math.prod(walk.scans)))
-        return _bind(eqn, ins), out_origin, {}
+        return bind(eqn, ins), out_origin, {}
     side = 0 if lhs.is_weight else 1
     weight, activation = origins[side], origins[1 - side]
     leaf = max(weight.leaves, key=lambda path: walk.sizes[path])
@@ -247,7 +247,7 @@ def _checkpoint(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], va
 def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[Any, Any]):
     params = eqn.params
     closed, length = params["jaxpr"], params["length"]
-    n_consts, n_carry = _scan_counts(params)
+    n_consts, n_carry = scan_counts(params)
     consts, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
     inner = [o._replace(tensor=walk.fresh()) for o in origins]
     for i in range(n_consts, n_consts + n_carry):
@@ -291,7 +291,7 @@ def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: 
     return [*carry, *ys], outs_origins, taps
 
 
-def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan's inputs are constants, and how many its carry."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]

@@ -11,6 +11,7 @@ The process keeps to --threads cores. Nothing else should run meanwhile.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -204,7 +205,8 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     import jax
 
-    asked = {"rounds": arguments.rounds, "threads": arguments.threads, "jax": jax.__version__}
+    exporter = importlib.util.find_spec("mpq_jax.export.onnx") is not None
+    asked = {"rounds": arguments.rounds, "threads": arguments.threads, "jax": jax.__version__, "onnx": exporter}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     for batch in arguments.batches:

@@ -182,7 +182,7 @@ class Cell(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A dense layer that a scan runs again and again, and that is called once more behind it."""
+    """A dense layer that a scan runs again and again."""
 
     @nn.compact
     def __call__(self, xs):
@@ -215,7 +215,10 @@ def test_parameter_that_is_also_read_in_float_stays():
     model, variables = calibrated(Tied(), x, ends=None)
     (layer,) = model.layers
     policy = {layer.path: Bits(4, 4)}
-    check_equal(model, variables, policy, x, stablehlo.stablehlo(model, variables, policy, (6,)))
+    exported = stablehlo.stablehlo(model, variables, policy, (6,))
+    check_equal(model, variables, policy, x, exported)
+    assert np.asarray(variables["params"]["embed"]["embedding"]).tobytes() in bytes(exported.serialize())
+    assert len(coded(model, variables, policy, x).values) == 2
 
 
 class NnxNet(nnx.Module):

@@ -107,7 +107,7 @@ def quantize(
         exact=False,
         **kwargs,
     ):
-        values = {} if policy is None else _values(specs, quantizer, variables, policy)
+        values = {} if policy is None else layer_values(specs, quantizer, variables, policy)
         handler = _quantizing(specs, quantizer, kernels, terms, float_bits, exact)
         outputs, updates, taps = walk(variables, values, handler, inputs, kwargs, mutable, rngs)
         result = (outputs, updates) if mutable else (outputs,)
@@ -170,10 +170,10 @@ def learned_leaves(
     return values
 
 
-def _values(
+def layer_values(
     specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Mapping[str, Any], policy: Policy
 ) -> dict[str, Any]:
-    """The quantizer's leaves and, beside them, "bits": Bits([*stack], [*stack])."""
+    """`learned_leaves` and, beside them, "bits": Bits([*stack], [*stack]): what `operands.operand_of` takes a layer's of."""
     values = learned_leaves(specs, quantizer, variables)
     return {leaf: value | {"bits": _stack_bits(specs[leaf], policy)} for leaf, value in values.items()}
 

@@ -1,0 +1,231 @@
+"""A quantized model as a LiteRT (.tflite) file, by litert-converter: StableHLO in, no TensorFlow.
+
+What is called of litert-converter (0.5) has no documentation; it is what litert-torch is built on. Install it with
+`pip install --no-deps litert-converter`: what it needs here is in this project's extra "export", and other parts of it
+pin old versions of common packages. The converter works every weight out in float; `narrowed` puts the codes back.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jax.extend import core
+
+from mpq_jax.export.coded import Coded, coded, pack, unpacked
+from mpq_jax.export.stablehlo import make_program
+from mpq_jax.interpret import bind, scan_counts
+from mpq_jax.origins import INLINED
+from mpq_jax.types import Policy, QuantizedModel, Refusal
+
+INSTALL = "pip install --no-deps litert-converter"
+
+
+class LiteRT(NamedTuple):
+    """content: the bytes of the .tflite file. in_float: keys of weights that stand in it as float32, see `narrowed`."""
+
+    content: bytes
+    in_float: tuple[str, ...]
+
+
+class Grid(NamedTuple):
+    """One layer's weights as TFLite can hold them: scale * integers. name: the leaf. scale: float32 [] or [C]."""
+
+    name: str
+    scale: np.ndarray
+    integers: np.ndarray
+
+
+def litert(
+    model: QuantizedModel,
+    variables: Any,
+    policy: Policy,
+    sample_shape: Sequence[int],
+    dtype: Any = jnp.float32,
+    *,
+    batch: int = 1,
+    **kwargs: Any,
+) -> LiteRT:
+    """The file of x [batch, *sample_shape] -> outputs of `model.apply(variables, policy, x, **kwargs)`.
+
+    Activations stay fake-quantized: products are in float32. Raises Refusal without litert-converter, and where it has
+    no form for an operation of the model.
+    """
+    sample = jax.ShapeDtypeStruct((batch, *sample_shape), dtype)
+    codes = coded(model, variables, policy, sample, packed=False, **kwargs)
+    program = make_program(model, variables, codes, sample, **kwargs)
+    closed = jax.make_jaxpr(program)(sample)
+    exported = export.export(jax.jit(lambda x: straight_line(closed, x)), platforms=("cpu",))(sample)
+    every, tables = grids(codes)
+    content, missed = narrowed(converted(exported.mlir_module()), every)
+    return LiteRT(content, (*tables, *missed))
+
+
+def converted(text: str) -> bytes:
+    """A .tflite file from the text of a StableHLO module without loops and with fixed shapes."""
+    try:
+        from litert_converter import converter_api_ext as converter
+        from litert_converter.mlir import ir, passmanager
+    except ImportError as error:
+        raise Refusal(f"LiteRT files need litert-converter ({error}); install it with: {INSTALL}") from None
+    context = ir.Context()
+    converter.prepare_mlir_context(context)
+    with context:
+        module = ir.Module.parse(text)
+        try:
+            converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), converter.ConvertToTFLConfig())
+            return converter.export_flatbuffer_to_bytes(module.operation)
+        except Exception as error:  # bindings raise of every kind; their text is pages of MLIR
+            names = sorted(set(re.findall(r"\btf\.\w+|'(?:tfl|stablehlo|chlo)\.\w+'", str(error))))
+            what = ", ".join(names) or " ".join(str(error).split())[:150]
+            raise Refusal(f"LiteRT has no form of its own for {what}; use stablehlo or ONNX") from None
+
+
+# ---- weights as integers ------------------------------------------------------------------------------------------
+
+
+def grids(codes: Coded) -> tuple[list[Grid], list[str]]:
+    """The grids of all layers, and the names of those that have none: their levels are a table, or layers in float."""
+    found, tables = [], []
+    for key, value in codes.values.items():
+        name, weight, decoding = key if isinstance(key, str) else key[0], codes.weights[key], value["decoding"]
+        if decoding.table is not None:
+            tables.append(name)
+            continue
+        held = value["codes"]
+        lead = held.shape[:-1]
+        for at in np.ndindex(*lead):
+            integers = np.asarray(unpacked(jnp.asarray(held[at]), weight)).ravel()
+            scale, offset = np.squeeze(decoding.scale[at]).reshape(-1), decoding.offset[at]
+            if np.any(offset):  # an offset of 1/2: the odd numbers on a grid of half the spacing
+                integers, scale = 2 * integers + 1, scale / 2
+            found.append(Grid(name, (scale if scale.size > 1 else scale.reshape(())).astype(np.float32), integers))
+    return found, tables
+
+
+def on_grid(values: np.ndarray, grid: Grid) -> tuple[np.ndarray, int] | None:
+    """(integers of values' shape, axis of the channels), if the grid's own integers give these values to the last bit."""
+    if values.size != grid.integers.size:
+        return None
+    axes = [0] if grid.scale.ndim == 0 else [i for i, n in enumerate(values.shape) if n == grid.scale.size]
+    for axis in axes:
+        scale = grid.scale.reshape([-1 if i == axis else 1 for i in range(values.ndim)])
+        integers = np.rint(values / scale)
+        alike = np.array_equal((integers.astype(np.float32) * scale).astype(np.float32), values)
+        if alike and np.array_equal(np.sort(integers.ravel()), np.sort(grid.integers)):
+            return integers.astype(np.int32), axis
+    return None
+
+
+def narrowed(content: bytes, every: Iterable[Grid]) -> tuple[bytes, list[str]]:
+    """The file with each float32 weight that is one of the grids' as int4, int8 or int16 and a DEQUANTIZE before its use.
+
+    Returns the names of the grids that no constant of the file is; the converter may have put another factor into it.
+    """
+    import flatbuffers
+    from litert_converter import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    graph, left = model.subgraphs[0], list(every)
+    for index in range(len(graph.tensors)):
+        tensor = graph.tensors[index]
+        data = model.buffers[tensor.buffer].data
+        if tensor.type != schema.TensorType.FLOAT32 or data is None or not len(data):
+            continue
+        values = np.frombuffer(bytes(data), np.float32).reshape(tensor.shape)
+        for place, grid in enumerate(left):
+            if (found := on_grid(values, grid)) is not None:
+                _replace(model, schema, index, *found, grid.scale)
+                del left[place]
+                break
+    builder = flatbuffers.Builder(len(content))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output()), [grid.name for grid in left]
+
+
+def _replace(model: Any, schema: Any, index: int, integers: np.ndarray, axis: int, scale: np.ndarray) -> None:
+    """Tensor `index` of the graph becomes the output of a DEQUANTIZE of a new constant."""
+    graph, tensor = model.subgraphs[0], model.subgraphs[0].tensors[index]
+    bits = next(b for b in (4, 8, 16) if integers.min() >= -(2 ** (b - 1)) and integers.max() < 2 ** (b - 1))
+    buffer = schema.BufferT()
+    buffer.data = np.frombuffer(pack(integers.reshape(1, -1), bits, True).tobytes(), np.uint8)
+    model.buffers.append(buffer)
+    constant = schema.TensorT()
+    constant.shape, constant.name, constant.buffer = tensor.shape, tensor.name + b"/codes", len(model.buffers) - 1
+    constant.type = {4: schema.TensorType.INT4, 8: schema.TensorType.INT8, 16: schema.TensorType.INT16}[bits]
+    constant.quantization = schema.QuantizationParametersT()
+    constant.quantization.scale = scale.reshape(-1)
+    constant.quantization.zeroPoint = np.zeros(scale.size, np.int64)
+    constant.quantization.quantizedDimension = axis
+    graph.tensors.append(constant)
+    code = schema.BuiltinOperator.DEQUANTIZE
+    known = [each.builtinCode for each in model.operatorCodes]
+    if code not in known:
+        added = schema.OperatorCodeT()
+        # Readers of the first version of the schema look at the deprecated field. Version 6 knows int4.
+        added.builtinCode, added.deprecatedBuiltinCode, added.version = code, code, 6
+        model.operatorCodes.append(added)
+        known.append(code)
+    operator = schema.OperatorT()
+    operator.opcodeIndex = known.index(code)
+    operator.inputs, operator.outputs = [len(graph.tensors) - 1], [index]
+    operator.builtinOptionsType = schema.BuiltinOptions.DequantizeOptions
+    operator.builtinOptions = schema.DequantizeOptionsT()
+    graph.operators.insert(0, operator)
+    model.buffers[tensor.buffer].data = None
+    tensor.buffer = 0
+
+
+# ---- a program without loops --------------------------------------------------------------------------------------
+
+
+def straight_line(closed: core.ClosedJaxpr, *arguments: Any) -> Any:
+    """The jaxpr's outputs, with calls and loops of known length written out and what depends on constants worked out.
+
+    Under a trace: a value that no argument takes part in stays an array. What lies behind a barrier does not.
+    """
+    outs = _evaluate(closed.jaxpr, [*closed.consts, *arguments])
+    return outs[0] if len(outs) == 1 else tuple(outs)
+
+
+def _evaluate(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        outs = _equation(eqn, [read(a) for a in eqn.invars])
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(a) for a in jaxpr.outvars]
+
+
+def _equation(eqn: Any, ins: list[Any]) -> list[Any]:
+    name, known = eqn.primitive.name, not any(isinstance(x, jax.core.Tracer) for x in ins)
+    if name in (*INLINED, "checkpoint", "remat2", "remat"):
+        inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+        closed = inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, [])
+        return _evaluate(closed.jaxpr, [*closed.consts, *ins])
+    if name == "scan" and not known:
+        return _loop(eqn.params, ins)
+    if known and name != "optimization_barrier":
+        with jax.ensure_compile_time_eval():
+            return bind(eqn, ins)
+    return bind(eqn, ins)
+
+
+def _loop(params: dict[str, Any], ins: list[Any]) -> list[Any]:
+    n_consts, n_carry = scan_counts(params)
+    consts, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
+    closed, length = params["jaxpr"], params["length"]
+    ys = []
+    for i in reversed(range(length)) if params["reverse"] else range(length):
+        outs = _evaluate(closed.jaxpr, [*closed.consts, *consts, *carry, *(x[i] for x in xs)])
+        carry = outs[:n_carry]
+        ys.append(outs[n_carry:])
+    if params["reverse"]:
+        ys.reverse()
+    return [*carry, *(jnp.stack(y) for y in zip(*ys, strict=True))]

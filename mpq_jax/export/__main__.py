@@ -1,7 +1,7 @@
 """Writes a fine-tuned model as files that are as small as the search promised, and checks them.
 
 python -m mpq_jax.export --workdir runs/digits [--policy runs/digits/policy.json] [--out runs/digits/export]
-                         [--formats packed,stablehlo,onnx,qonnx] [--fold] [--c-header] [--check 1000]
+                         [--formats packed,stablehlo,onnx,qonnx,qwix,litert] [--fold] [--c-header] [--check 1000]
 python -m mpq_jax.export --evaluate runs/digits/export/model.safetensors
 """
 
@@ -14,7 +14,7 @@ from mpq_jax import config as config_lib
 from mpq_jax import workdir
 from mpq_jax.types import Refusal
 
-FORMATS = ("packed", "stablehlo", "onnx", "qonnx")
+FORMATS = ("packed", "stablehlo", "onnx", "qonnx", "qwix", "litert")
 _OWN = ("--workdir", "--policy", "--out", "--formats", "--fold", "--c-header", "--check", "--evaluate")
 
 

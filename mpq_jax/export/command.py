@@ -2,9 +2,10 @@
 
 import argparse
 import functools
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,45 +17,113 @@ from mpq_jax.config import Config
 from mpq_jax.export import c_header, packed, replay
 from mpq_jax.export.fold import fold
 from mpq_jax.export.graph import Graph, graph
-from mpq_jax.files import write_text
+from mpq_jax.files import whole, write_text
 from mpq_jax.pipeline import finetuned
-from mpq_jax.types import Refusal
+from mpq_jax.types import Bits, Refusal
 
 BATCH = 250  # images at a time, operation by operation
 
 
 def write(config: Config, arguments: argparse.Namespace) -> None:
     """All files of the formats that were asked for, each whole or not at all."""
+    needs = {"onnx": ("onnx",), "qonnx": ("onnx",), "qwix": ("qwix",)}
+    for name in arguments.formats:
+        for package in needs.get(name, ()):
+            if importlib.util.find_spec(package) is None:
+                raise Refusal(f'--formats {name} needs the package {package}; pip install "mpq_jax[export]"')
     run, variables, policy = finetuned(config, arguments.workdir, arguments.policy)
-    out: Path = arguments.out
-    shape = run.dataset.image_shape
-    one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    if "packed" in arguments.formats:
-        made = graph(run.model, variables, policy, one, train=False)
-        path = out / "model.safetensors"
-        chosen = fold(made) if arguments.fold else made
-        found = packed.save(path, chosen, run.model.quantizer.name, variables, _kept(config))
-        print("\n".join(table(found)))
-        promised = costs.size(run.model.layers, policy)
-        same = "as the search promised" if promised == found.weight_bytes else f"the search promised {promised:,}"
-        print(f"{path}: {found.file_bytes:,} bytes, weights {found.weight_bytes:,} ({same})")
-        if arguments.c_header:
-            write_text(out / "model.h", c_header.header(packed.load(path)))
-            print(f"C header: {out / 'model.h'}")
-        if arguments.check != 0:
-            check(path, run, variables, policy, arguments.check)
-    if "stablehlo" in arguments.formats:
-        from mpq_jax.export import stablehlo
+    made = Made(run, variables, policy, config, arguments)
+    for name in arguments.formats:
+        print(f"{name}: {WRITERS[name](made)}")
 
-        stablehlo.save(stablehlo.stablehlo(run.model, variables, policy, shape), out / "model.stablehlo")
-        print(f"StableHLO: {out / 'model.stablehlo'}")
-    for name, file in (("onnx", "model.onnx"), ("qonnx", "model.qonnx.onnx")):
-        if name in arguments.formats:
-            from mpq_jax.export import onnx
 
-            make = onnx.standard if name == "onnx" else onnx.qonnx
-            onnx.save(make(run.model, variables, policy, shape), out / file)
-            print(f"{name.upper()}: {out / file}")
+class Made(NamedTuple):
+    """What every writer gets: the run, the fine-tuned variables and their policy, the config, and the command's options."""
+
+    run: stages.Run
+    variables: Any
+    policy: dict[str, Bits]
+    config: Config
+    options: argparse.Namespace
+
+    @property
+    def at(self) -> tuple[Any, ...]:
+        return self.run.model, self.variables, self.policy, self.run.dataset.image_shape
+
+
+def _packed(made: Made) -> str:
+    run, options = made.run, made.options
+    one = jax.ShapeDtypeStruct((1, *run.dataset.image_shape), jnp.float32)
+    network = graph(run.model, made.variables, made.policy, one, train=False)
+    path = options.out / "model.safetensors"
+    network = fold(network) if options.fold else network
+    found = packed.save(path, network, run.model.quantizer.name, made.variables, _kept(made.config))
+    print("\n".join(table(found)))
+    if options.c_header:
+        write_text(options.out / "model.h", c_header.header(packed.load(path)))
+        print(f"C header: {options.out / 'model.h'}")
+    if options.check != 0:
+        check(path, run, made.variables, made.policy, options.check)
+    promised = costs.size(run.model.layers, made.policy)
+    same = "as the search promised" if promised == found.weight_bytes else f"the search promised {promised:,}"
+    return f"{path}, {found.file_bytes:,} bytes, weights {found.weight_bytes:,} ({same})"
+
+
+def _stablehlo(made: Made) -> str:
+    from mpq_jax.export.stablehlo import save, stablehlo
+
+    path = made.options.out / "model.stablehlo"
+    return f"{path}, {save(path, stablehlo(*made.at, train=False)):,} bytes"
+
+
+def _onnx(made: Made) -> str:
+    from mpq_jax.export.onnx import save, standard
+
+    path = made.options.out / "model.onnx"
+    save(standard(*made.at, train=False), path)
+    return f"{path}, {path.stat().st_size:,} bytes"
+
+
+def _qonnx(made: Made) -> str:
+    from mpq_jax.export.onnx import qonnx, save
+
+    path = made.options.out / "model.qonnx"
+    save(qonnx(*made.at, train=False), path)
+    return f"{path}, {path.stat().st_size:,} bytes (weights are floats on their grids, as QONNX has them)"
+
+
+def _qwix(made: Made) -> str:
+    from mpq_jax.export.qwix_rules import qwix_rules
+
+    found = qwix_rules(made.run.model, made.policy, widths=(8, 4))
+    lines = ["import qwix", "", "rules = ["]
+    for rule in found.rules.values():
+        kinds = f"weight_qtype={rule.weight_qtype!r}, act_qtype={rule.act_qtype!r}"
+        lines.append(f"    qwix.QuantizationRule(module_path={rule.module_path!r}, {kinds}),")
+    path = made.options.out / "qwix_rules.py"
+    write_text(path, "\n".join([*lines, "]", *(f"# not in Qwix: {line}" for line in found.lines()), ""]))
+    return f"{path}, {len(found.rules)} layers; not in Qwix: {len(found.refused)}, named in the file"
+
+
+def _litert(made: Made) -> str:
+    from mpq_jax.export.litert import litert
+
+    found = litert(*made.at, train=False)
+    path = made.options.out / "model.tflite"
+    with whole(path) as temporary:
+        temporary.write_bytes(found.content)
+    kept = f"; in float: {', '.join(found.in_float)}" if found.in_float else ""
+    return f"{path}, {len(found.content):,} bytes (batch 1{kept})"
+
+
+WRITERS = {
+    "packed": _packed,
+    "stablehlo": _stablehlo,
+    "onnx": _onnx,
+    "qonnx": _qonnx,
+    "qwix": _qwix,
+    "litert": _litert,
+}
 
 
 def _kept(config: Config) -> dict[str, Any]:

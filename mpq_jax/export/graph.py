@@ -194,7 +194,9 @@ class _Builder:
 
         def read(atom: Any) -> Value | Constant:
             if isinstance(atom, core.Literal):
-                return Constant(jnp.asarray(atom.val, atom.aval.dtype), jnp.shape(atom.val), frozenset())
+                return Constant(
+                    jnp.asarray(atom.val, getattr(atom.aval, "dtype", None)), jnp.shape(atom.val), frozenset()
+                )
             return env[atom]
 
         for eqn in jaxpr.eqns:

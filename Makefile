@@ -25,7 +25,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# Without its dependencies: it pins old versions of packages that what we use of it never imports. Where there is no wheel
+# for a platform the tests of LiteRT files are skipped, and say so.
+.venv/litert: requirements-litert.txt .venv/ready
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-litert.txt
+	touch $@
+
+test: lint .venv/litert
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:

@@ -82,7 +82,7 @@ def compare(
             logits[level].append(plain.run(None, {plain.get_inputs()[0].name: taken})[0])
             found = telling.run([f"{name}_int32" for name in record], {telling.get_inputs()[0].name: taken})
             for i, ((_, order), theirs, ours) in enumerate(zip(record.values(), found, expected, strict=True)):
-                flips[level][i] += int((theirs != ours.transpose(order)).sum())
+                flips[level][i] += int((theirs.reshape(-1) != ours.transpose(order).reshape(-1)).sum())
     whole = {name: np.concatenate(parts) for name, parts in logits.items()}
     paths = [path for path, _ in record.values()]
     return Comparison(

@@ -1,6 +1,7 @@
 """The grids of a quantizer as ONNX nodes: QuantizeLinear and DequantizeLinear, or QONNX's Quant."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def _type_of(w: Writer, node: Node, low: int, high: int, what: str, narrowest: i
     )
 
 
-def _activation(w: Writer, node: Node, x: str, activation: Activation, name: str) -> str:
+def _activation(w: Writer, node: Node, x: str, order: Sequence[int], activation: Activation, name: str) -> str:
     found = grid(w, node, activation, name)
     exact = any((found.low, found.high) == (t.low, t.high) and w.opset >= t.opset for t in _types())
     # onnxruntime 1.32 refuses, with optimisations on, a file with Clip before a 4-bit QuantizeLinear.
@@ -124,7 +125,7 @@ def _activation(w: Writer, node: Node, x: str, activation: Activation, name: str
     zero = w.constant(np.zeros((), helper.tensor_dtype_to_np_dtype(type_.element)))
     codes = w.emit("QuantizeLinear", x, before, zero, name=f"{name}_codes")
     assert node.product is not None
-    w.codes[codes] = (node.product.path, w.values[node.inputs[0].number].order)  # type: ignore[union-attr]
+    w.codes[codes] = (node.product.path, tuple(order))
     return w.emit("DequantizeLinear", codes, scale, zero, name=name)
 
 
@@ -175,7 +176,7 @@ def _quant(w: Writer, x: str, scale: Any, zero: Any, bits: int, signed: bool, na
     )
 
 
-def _quant_activation(w: Writer, node: Node, x: str, activation: Activation, name: str) -> str:
+def _quant_activation(w: Writer, node: Node, x: str, order: Sequence[int], activation: Activation, name: str) -> str:
     found = grid(w, node, activation, name)
     bits, narrow = activation.bits, found.low == -found.high
     if found.interval is None:
@@ -210,5 +211,8 @@ QUANT = Form(_quant_activation, _quant_weight)
 
 
 def codes_record(w: Writer) -> str:
-    """JSON: name of each QuantizeLinear's output -> [layer path, order of its axes], in the order of the layers."""
+    """JSON: name of each QuantizeLinear's output -> [layer path, order], in the order of the layers.
+
+    The output's axes are those of the layer's input in this order; neighbours may be joined into one.
+    """
     return json.dumps({name: [path, list(order)] for name, (path, order) in w.codes.items()})

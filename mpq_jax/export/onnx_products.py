@@ -10,6 +10,8 @@ from mpq_jax.export.onnx_writer import Writer
 
 # From a layer's weight layout to ONNX's; for codes, scales and float weights alike.
 Arrange = Callable[[np.ndarray], np.ndarray]
+# (name of the data as the product wants it, order of its axes) -> the name of the same on its grid
+OntoGrid = Callable[[str, Sequence[int]], str]
 
 
 class Laid(NamedTuple):
@@ -28,11 +30,12 @@ class Laid(NamedTuple):
 class Form(NamedTuple):
     """How quantized tensors are written.
 
-    activation(w, node, x, activation, name) -> the name of x on its grid; x a tensor's name.
+    activation(w, node, x, order, activation, name) -> the name of x on its grid; x: a tensor's name, of which the axes
+        (before any were joined) are those of the layer's input in this order.
     weight(w, node, laid, name) -> the name of the weight's tensor.
     """
 
-    activation: Callable[[Writer, Node, str, Activation, str], str]
+    activation: Callable[[Writer, Node, str, Sequence[int], Activation, str], str]
     weight: Callable[[Writer, Node, Laid, str], str]
 
 
@@ -42,16 +45,20 @@ def write_product(w: Writer, node: Node, form: Form) -> None:
     if product is None:
         operands = node.inputs
         if node.name == "dot_general":
-            _dot(w, node, node.eqn.params["dimension_numbers"], operands, None, 1)
+            _dot(w, node, node.eqn.params["dimension_numbers"], operands, None, 1, _as_it_is)
         else:
-            _convolution(w, node, node.eqn.params, operands[0], operands[1].shape, _kernel(w, node, operands[1]))
+            _convolution(
+                w, node, node.eqn.params, operands[0], operands[1].shape, _kernel(w, node, operands[1]), _as_it_is
+            )
         return
     (x,) = node.inputs
     assert isinstance(x, Value)
-    if product.activation is not None:
-        stored = w.values[x.number]
-        name = form.activation(w, node, stored.name, product.activation, f"{product.path}/input")
-        x = w.temporary(x, name, stored.order)
+
+    def onto_grid(name: str, order: Sequence[int]) -> str:
+        # Last of all before the product: runtimes look for the pair of nodes right there.
+        if product.activation is None:
+            return name
+        return form.activation(w, node, name, order, product.activation, f"{product.path}/input")
 
     def weight(arrange: Arrange) -> str:
         if product.weight is None:
@@ -60,11 +67,16 @@ def write_product(w: Writer, node: Node, form: Form) -> None:
 
     if product.primitive == "dot_general":
         sides = (x, product.operand) if product.side else (product.operand, x)
-        _dot(w, node, product.params["dimension_numbers"], sides, weight, product.side)
+        _dot(w, node, product.params["dimension_numbers"], sides, weight, product.side, onto_grid)
     elif product.side != 1:
         raise w.refuse(node, f"the kernel of {product.path!r} is the image of its convolution", "swap the two")
     else:
-        _convolution(w, node, product.params, x, product.operand.shape, weight)
+        _convolution(w, node, product.params, x, product.operand.shape, weight, onto_grid)
+
+
+def _as_it_is(name: str, order: Sequence[int]) -> str:
+    del order
+    return name
 
 
 def laid(w: Writer, node: Node, product: Product, arrange: Arrange) -> Laid:
@@ -116,7 +128,13 @@ def _kernel(w: Writer, node: Node, x: Value | Constant) -> Callable[[Arrange], s
 
 
 def _convolution(
-    w: Writer, node: Node, p: Any, x: Value | Constant, kernel: Sequence[int], weight: Callable[[Arrange], str]
+    w: Writer,
+    node: Node,
+    p: Any,
+    x: Value | Constant,
+    kernel: Sequence[int],
+    weight: Callable[[Arrange], str],
+    onto_grid: OntoGrid,
 ) -> None:
     """conv_general_dilated with these parameters. kernel: its shape. weight(arrange) -> its name."""
     numbers = p["dimension_numbers"]
@@ -124,7 +142,7 @@ def _convolution(
         raise w.refuse(node, "a convolution in groups of the batch", "use groups of channels")
     if any(side < 0 for pair in p["padding"] for side in pair):
         raise w.refuse(node, f"the negative padding {p['padding']}", "cut the image with a slice before it")
-    data = w.of(x, numbers.lhs_spec) if isinstance(x, Value) else w.emit("Transpose", w.full(x), perm=numbers.lhs_spec)
+    data = onto_grid(_axes_in(w, x, numbers.lhs_spec), numbers.lhs_spec)
     size = [kernel[i] for i in numbers.rhs_spec[2:]]
     if any(d != 1 for d in p["lhs_dilation"]):
         name = _transposed(w, node, p, data, size, weight)
@@ -179,8 +197,14 @@ def _transposed(w: Writer, node: Node, p: Any, data: str, size: Sequence[int], w
 
 
 def _dot(
-    w: Writer, node: Node, numbers: Any, operands: Sequence[Any], weight: Callable[[Arrange], str] | None, side: int
-):
+    w: Writer,
+    node: Node,
+    numbers: Any,
+    operands: Sequence[Any],
+    weight: Callable[[Arrange], str] | None,
+    side: int,
+    onto_grid: OntoGrid,
+) -> None:
     """dot_general as MatMul: [batch, free, contracted] times [batch, contracted, free].
 
     side: the operand that comes second; a weight always does. Without batch axes the first keeps all its free ones.
@@ -195,8 +219,9 @@ def _dot(
     depth = [a.shape[i] for i in contracted[first]]
     rows = left if not shared else [_product(left)]
 
-    name = _axes_in(w, a, (*batch[first], *free[first], *contracted[first]))
-    name = w.reshape(name, [*shared, *left, *depth], [*shared, *rows, _product(depth)])
+    order = (*batch[first], *free[first], *contracted[first])
+    name = w.reshape(_axes_in(w, a, order), [*shared, *left, *depth], [*shared, *rows, _product(depth)])
+    name = onto_grid(name, order)
     order = (*batch[second], *contracted[second], *free[second])
     matrix = [*shared, _product(depth), _product(right)]
     if weight is None:

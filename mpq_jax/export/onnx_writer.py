@@ -60,7 +60,6 @@ class Writer:
         self.codes: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.where = ""
         self.input: Value | None = None
-        self.made = -1
 
     # ---- nodes and constants ----------------------------------------------------------------------------------
 
@@ -88,13 +87,6 @@ class Writer:
 
     def put(self, value: Value, name: str, order: Sequence[int] | None = None) -> None:
         self.values[value.number] = Stored(name, tuple(range(len(value.shape))) if order is None else tuple(order))
-
-    def temporary(self, like: Value, name: str, order: Sequence[int]) -> Value:
-        """A tensor of the file as a value of its own, of the shape and type of `like`."""
-        self.made -= 1
-        value = like._replace(number=self.made)
-        self.put(value, name, order)
-        return value
 
     def order(self, inputs: Sequence[Value | Constant]) -> tuple[int, ...]:
         """The order that an operation on all of these, element by element, had best run in."""

@@ -182,10 +182,21 @@ class _Builder:
         self.model, self.policy, self.params, self.calls, self.packed = model, policy, params, calls, packed
         self.nodes: list[Node] = []
         self.count = 0
+        self.scope = ""  # of the calls around; the name stacks inside of one begin there
 
     def value(self, aval: Any) -> Value:
         self.count += 1
         return Value(self.count, tuple(aval.shape), aval.dtype)
+
+    def where(self, eqn: Any) -> str:
+        return "/".join(part for part in (self.scope, str(eqn.source_info.name_stack)) if part)
+
+    def inside(self, eqn: Any, jaxpr: Any, arguments: Sequence[Value | Constant], at) -> list[Value | Constant]:
+        """The body of a call or a loop."""
+        outer, self.scope = self.scope, self.where(eqn)
+        outs = self.evaluate(jaxpr, arguments, at)
+        self.scope = outer
+        return outs
 
     def evaluate(
         self, jaxpr: Any, arguments: Sequence[Value | Constant], at: tuple[int, ...]
@@ -216,17 +227,17 @@ class _Builder:
                 v for v in eqn.params.values() if hasattr(v, "eqns") or hasattr(getattr(v, "jaxpr", v), "eqns")
             )
             consts = [Constant(jnp.asarray(c), jnp.shape(c), frozenset()) for c in getattr(inner, "consts", ())]
-            return self.evaluate(bodies[0], [*consts, *ins], at)
+            return self.inside(eqn, bodies[0], [*consts, *ins], at)
         if (known := self.known(eqn, ins)) is not None:
             return known
         outs = [self.value(v.aval) for v in eqn.outvars]
-        self.nodes.append(Node(eqn, tuple(ins), tuple(outs), None, _where(eqn)))
+        self.nodes.append(Node(eqn, tuple(ins), tuple(outs), None, self.where(eqn) or "the model's top level"))
         return list(outs)
 
     def known(self, eqn: Any, ins: list[Value | Constant]) -> list[Value | Constant] | None:
         """The outputs of an equation of constants; None where it is not one, or its shape is symbolic."""
         constants = [i for i in ins if isinstance(i, Constant)]
-        if len(constants) < len(ins):
+        if len(constants) < len(ins) or eqn.primitive.name == "dim_as_value":  # how long the batch is
             return None
         leaves = frozenset().union(*(c.leaves for c in constants))
         if eqn.primitive.name == "broadcast_in_dim" and constants[0].value.shape == constants[0].shape:
@@ -248,7 +259,7 @@ class _Builder:
         stacked: list[list[Value | Constant]] = []
         for i in range(length)[:: -1 if params["reverse"] else 1]:
             sliced = [self.run(functools.partial(lambda x, i: x[i], i=i), x) for x in slices]
-            outs = self.evaluate(closed.jaxpr, [*fixed, *carry, *sliced], (*at, i))
+            outs = self.inside(eqn, closed.jaxpr, [*fixed, *carry, *sliced], (*at, i))
             carry = outs[:n_carry]
             stacked.append(outs[n_carry:])
         if params["reverse"]:
@@ -297,10 +308,6 @@ class _Builder:
         )
         self.nodes.append(Node(eqn, (data,), (out,), made, call.where))
         return out
-
-
-def _where(eqn: Any) -> str:
-    return str(eqn.source_info.name_stack) or "the model's top level"
 
 
 # ---- grids --------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class Layers(nn.Module):
             nn.DenseGeneral((2, 3), name="heads")(x),
             nn.DenseGeneral((2, 2), axis=(1, 3), name="axes")(x),
             nn.DenseGeneral(4, axis=(-2, -1), name="last")(x),
-            nn.DenseGeneral(5, axis=-1, batch_dims=(0,), name="first")(x[:1] * 0 + 1) if False else nn.Dense(5, name="first")(flat),
+            nn.Dense(5, name="first")(flat),
             jnp.einsum("bhwc,wcd->bhwd", x, both),
             jnp.einsum("oc,bhwc->bohw", left, x),
             nn.Conv(2, (1, 1), name="in_float")(x),

@@ -86,7 +86,7 @@ def _written(
         w.put(value, w.names.fresh("images"))
         w.input = value
     for node in graph_.nodes:
-        w.where = node.where if "/" in node.where or " " not in node.where else ""
+        w.where = "" if " " in node.where else node.where
         if node.product is not None or node.name in CONTRACTIONS:
             write_product(w, node, form)
         else:

@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import ops
-from mpq_jax.export.graph import Constant, Graph, graph
+from mpq_jax.export import replay
+from mpq_jax.export.graph import Graph, graph
 from mpq_jax.export.onnx_writer import helper, onnx
-from mpq_jax.interpret import bind
-from mpq_jax.numerics import decode
 from mpq_jax.types import Policy, QuantizedModel, Refusal
 
 CLOSE = 1e-4  # of the largest logit
@@ -56,13 +54,16 @@ def compare(
 
     A code differs where a value lies so near the middle of two levels that the order in which float32 sums were taken
     decides: convolutions and means sum in another order, and BatchNorm's factors may be multiplied into a kernel first.
-    One such flip moves the logits by far more than 1e-4 only if it reaches them undamped; both are counted.
-    Codes are read in a second run with all of them as outputs, which optimisations may leave less to do in.
+    JAX's codes are those of a run operation by operation. onnxruntime's are read in a second run with all of them as
+    outputs, which may leave its optimisations less to do.
     """
     images = np.asarray(images, np.float32)
     batch = min(batch, len(images))
-    graph_ = graph(model, variables, policy, jax.ShapeDtypeStruct((batch, *images.shape[1:]), jnp.float32), **kwargs)
-    run = jax.jit(lambda x: replayed(graph_, x))
+
+    def made(n: int) -> Graph:
+        return graph(model, variables, policy, jax.ShapeDtypeStruct((n, *images.shape[1:]), jnp.float32), **kwargs)
+
+    run = replay.runner(made, replay.fake_quantized)
     apply = jax.jit(lambda x: model.apply(variables, policy, x, **kwargs))
     record = {name: (path, order) for name, (path, order) in json.loads(_metadata(proto)["mpq_jax.codes"]).items()}
     sessions = {
@@ -76,7 +77,7 @@ def compare(
         # The last ones are filled up: one compilation.
         x = np.concatenate([taken, np.repeat(taken[-1:], batch - len(taken), axis=0)])
         logits["jax"].append(np.asarray(apply(x))[: len(taken)])
-        expected = [np.asarray(codes)[: len(taken)] for codes in run(x)[1]]
+        expected = [codes[: len(taken)] for _, codes in run(x)[1]]
         total += sum(codes.size for codes in expected)
         for level, (plain, telling) in sessions.items():
             logits[level].append(plain.run(None, {plain.get_inputs()[0].name: taken})[0])
@@ -103,31 +104,6 @@ def _run(ours: np.ndarray, theirs: np.ndarray, flips: list[int], paths: list[str
         codes=total,
         by_layer=by_layer,
     )
-
-
-def replayed(graph_: Graph, *inputs: Any) -> tuple[list[Any], list[Any]]:
-    """The graph run in JAX as the fake-quantized model runs -> (its outputs, the codes of every quantized input)."""
-    values: dict[int, Any] = {v.number: x for v, x in zip(graph_.inputs, inputs, strict=True)}
-    codes = []
-
-    def read(x: Any) -> Any:
-        return x.full() if isinstance(x, Constant) else values[x.number]
-
-    for node in graph_.nodes:
-        ins = [read(x) for x in node.inputs]
-        product = node.product
-        if product is None:
-            outs = bind(node.eqn, ins)
-        else:
-            (x,) = ins
-            if (a := product.activation) is not None:
-                codes.append(a.encode(x))
-                x = a.quantizer.fake_quant(x, a.values, jnp.int32(a.bits), a.signed)
-            kernel = jnp.asarray(product.operand) if product.weight is None else decode(*product.weight)
-            operands = (x, kernel.astype(x.dtype)) if product.side else (kernel.astype(x.dtype), x)
-            outs = [ops.contract(product.primitive, dict(product.params))(*operands)]
-        values |= {v.number: out for v, out in zip(node.outputs, outs, strict=True)}
-    return [read(x) for x in graph_.outputs], codes
 
 
 # ---- onnxruntime --------------------------------------------------------------------------------------------------

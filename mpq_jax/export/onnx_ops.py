@@ -107,6 +107,8 @@ def _dtype(x: Value | Constant) -> Any:
 
 def _convert(w: Writer, node: Node, x: str) -> str:
     before, after = np.dtype(_dtype(node.inputs[0])), np.dtype(node.eqn.params["new_dtype"])
+    if after.name == "bfloat16":
+        raise w.refuse(node, "bfloat16, which onnxruntime has few kernels for", "make the model with dtype float32")
     return x if before == after else w.emit("Cast", x, to=element_type(after.name))
 
 

@@ -186,8 +186,6 @@ class Writer:
 
 @functools.cache
 def element_type(dtype: str) -> int:
-    if dtype == "bfloat16":
-        raise Refusal("the model computes in bfloat16, which onnxruntime has no kernels for on CPU; use dtype float32")
     return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx_nets import calibrated, policy_of
 
 from mpq_jax.export import onnx as export
-from mpq_jax.quantize import quantize
 from mpq_jax.quantizers import lsq
 from mpq_jax.types import Bits, Refusal
 
@@ -111,16 +111,11 @@ def outputs(proto, x):
     return session(proto).run(None, {"images": x})
 
 
-def policy_of(quantized, bits):
-    return {layer.path: layer.bits or bits for layer in quantized.layers}
-
-
 @pytest.fixture(scope="module")
 def operations():
     """(what onnxruntime gives, what JAX gives), for five samples."""
-    quantized = quantize(All(), X, bit_widths=(4, 8))
-    variables = quantized.calibrate(All().init(jax.random.key(0, impl="rbg"), X), X)
-    policy = policy_of(quantized, Bits(4, 4))
+    quantized, variables = calibrated(All(), X, bit_widths=(4, 8))
+    policy = policy_of(quantized, (4, 4))
     proto = export.standard(quantized, variables, policy, SHAPE)
     return outputs(proto, X)[1:], jax.jit(lambda x: quantized.apply(variables, policy, x))(X)[1:]
 
@@ -140,14 +135,9 @@ def by_hand(w, s, bits):
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_layers(per_channel):
     quantizer = lsq(per_channel=per_channel)
-    quantized = quantize(
-        Layers(), X, bit_widths=(3, 5, 8), quantizer=quantizer, ends=None, rules=[("in_float", "float")]
-    )
-    variables = jax.jit(quantized.calibrate)(Layers().init(jax.random.key(0, impl="rbg"), X), X)
-    policy = {
-        path: bits if bits.w == 32 else Bits((3, 5, 8)[i % 3], (8, 5, 3)[i % 3])
-        for i, (path, bits) in enumerate(policy_of(quantized, Bits(3, 3)).items())
-    }
+    options = {"ends": None, "rules": [("in_float", "float")], "quantizer": quantizer}
+    quantized, variables = calibrated(Layers(), X, bit_widths=(3, 5, 8), **options)
+    policy = policy_of(quantized, lambda i: Bits((3, 5, 8)[i % 3], (8, 5, 3)[i % 3]))
     proto = export.standard(quantized, variables, policy, SHAPE)
     expected = jax.jit(lambda x: quantized.apply(variables, policy, x))(X)
     for found, ours in zip(outputs(proto, X), expected, strict=True):
@@ -161,7 +151,9 @@ def test_layers(per_channel):
     scale = codes["first/weight_scale"]
     assert scale.shape == ((5,) if per_channel else ())
     decoded = codes["first/weight_codes"].astype(np.float64) * scale
-    np.testing.assert_allclose(decoded, by_hand(np.asarray(dense["kernel"], np.float64), s, policy["first"].w), rtol=1e-6)
+    np.testing.assert_allclose(
+        decoded, by_hand(np.asarray(dense["kernel"], np.float64), s, policy["first"].w), rtol=1e-6
+    )
 
 
 class Refused(nn.Module):
@@ -186,17 +178,14 @@ class Inner(nn.Module):
             return jax.lax.dynamic_slice(x, (0, 0, jnp.int32(x[0, 0, 0, 0]), 0), (1, 1, 2, 4))
         if self.operation == "gather":
             return jnp.take_along_axis(x, x.argmax(2, keepdims=True), axis=2)
-        if self.operation == "convert_element_type":
-            return x.astype(jnp.bfloat16)
-        return nn.max_pool(x, (2, 2), (1, 1), ((1, 1), (0, 0)))[None].cumprod(0)
+        return x.cumprod(1) if self.operation == "cumprod" else x.astype(jnp.bfloat16)
 
 
 @pytest.mark.parametrize("operation", ["sort", "dynamic_slice", "gather", "convert_element_type", "cumprod"])
 def test_an_operation_without_a_form_is_named_with_its_module(operation):
     model = Refused(operation)
-    quantized = quantize(model, X, bit_widths=(4, 8))
-    variables = quantized.calibrate(model.init(jax.random.key(0, impl="rbg"), X), X)
+    quantized, variables = calibrated(model, X, bit_widths=(4, 8))
     with pytest.raises(Refusal) as refusal:
-        export.standard(quantized, variables, policy_of(quantized, Bits(4, 4)), SHAPE)
+        export.standard(quantized, variables, policy_of(quantized, (4, 4)), SHAPE)
     assert re.search(operation, str(refusal.value)) and "block" in str(refusal.value)
     assert "\n" not in str(refusal.value)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
+from made_models import dense
 from onnx import TensorProto, numpy_helper
 from onnx_nets import calibrated, policy_of
 from qonnx.core.modelwrapper import ModelWrapper
@@ -18,24 +19,26 @@ from qonnx.core.onnx_exec import execute_onnx
 
 from mpq_jax import flax_seam, models
 from mpq_jax.export import onnx as export
+from mpq_jax.quantizers import lq_nets
 from mpq_jax.types import Bits, Refusal
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+# name -> (shape of an image, candidates, options)
 NETS = {
-    "resnet8": ((8, 8, 1), {"width": 0.25}),
-    "mobilenetv1": ((8, 8, 1), {"width": 0.25, "small_images": True}),
-    "vit": ((6, 4, 1), {"patch_size": 2, "dim": 12, "depth": 2, "heads": 3, "scan": True}),
-    "cnn_nnx": ((8, 8, 1), {"width": 0.25}),
+    "resnet8": ((8, 8, 1), WIDTHS, {"width": 0.25}),
+    "mobilenetv1": ((8, 8, 1), (3, 4, 8), {"width": 0.25, "small_images": True}),
+    "vit": ((6, 4, 1), WIDTHS, {"patch_size": 2, "dim": 12, "depth": 2, "heads": 3, "scan": True}),
+    "cnn_nnx": ((8, 8, 1), WIDTHS, {"width": 0.25}),
 }
 
 
 @functools.cache
 def net(name):
-    """(quantized, variables, policy with every width, images, the standard file)."""
-    shape, options = NETS[name]
+    """(quantized, variables, policy with every candidate, images, the standard file)."""
+    shape, widths, options = NETS[name]
     x = np.random.default_rng(0).normal(size=(24, *shape)).astype(np.float32)
-    quantized, variables = calibrated(models.create(name, 5, **options), x, bit_widths=WIDTHS, ends=None)
-    policy = policy_of(quantized, lambda i: Bits(WIDTHS[i % 7], WIDTHS[(3 * i + 1) % 7]))
+    quantized, variables = calibrated(models.create(name, 5, **options), x, bit_widths=widths, ends=None)
+    policy = policy_of(quantized, lambda i: Bits(widths[i % len(widths)], widths[(2 * i + 1) % len(widths)]))
     return quantized, variables, policy, x, export.standard(quantized, variables, policy, shape)
 
 
@@ -91,7 +94,7 @@ def test_a_changed_file_is_seen():
     scale.CopyFrom(numpy_helper.from_array(np.float32(1.1) * numpy_helper.to_array(scale), scale.name))
     found = export.compare(changed, quantized, variables, policy, x, batch=24).off
     assert found.by_layer["conv1"] == 0
-    assert found.by_layer["conv2"] > 100 and found.close < 0.1
+    assert found.by_layer["conv2"] > 100 and found.close < 0.9 and found.worst > 0.01
 
 
 @pytest.mark.parametrize("name", ["cnn_nnx", "vit"])
@@ -194,13 +197,19 @@ def narrowed(variables):
     return jax.tree_util.tree_map_with_path(leaf, variables)
 
 
+def of_channels(model):
+    """A policy with weight bits per output channel."""
+    rng = np.random.default_rng(0)
+    widths = [tuple(rng.choice(WIDTHS[:6], layer.channels).tolist()) for layer in model.layers]
+    return {layer.path: layer.bits or Bits(w, w[0]) for layer, w in zip(model.layers, widths, strict=True)}
+
+
 @pytest.mark.parametrize(
-    "quantizer, by_channel",
-    [("lsq", True), ("channels", False), ("channels", True), ("pact", False), ("pact", True), ("qil", False)],
+    "quantizer, by_channel", [("channels", True), ("pact", False), ("pact", True), ("qil", False)]
 )
 def test_quantizers(quantizer, by_channel):
-    model, variables, policy, x, kwargs = export_nets.case("net", quantizer, by_channel)
-    variables = narrowed(variables)
+    model, variables, policy, x, kwargs = export_nets.case("net", quantizer)
+    policy, variables = of_channels(model) if by_channel else policy, narrowed(variables)
     expected = np.asarray(jax.jit(lambda x: model.apply(variables, policy, x, **kwargs))(x))
     proto = export.standard(model, variables, policy, x.shape[1:], **kwargs)
     onnx.checker.check_model(proto, full_check=True)
@@ -233,9 +242,13 @@ def test_dorefa_weights_are_odd_codes():
 
 @pytest.mark.parametrize("make", [export.standard, export.qonnx])
 def test_a_grid_that_is_not_even_is_refused(make):
-    model, variables, policy, x, kwargs = export_nets.case("net", "lq_nets")
-    with pytest.raises(Refusal, match=r"'stem.*not evenly spaced.*--quantizer lsq"):
-        make(model, variables, policy, x.shape[1:], **kwargs)
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    model, variables = calibrated(dense(3, (5,)), x, bit_widths=(2, 3), ends=None, quantizer=lq_nets("same"))
+    # The start is an even grid, seen from outside; what training makes of it is not.
+    for path in ("dense0", "head"):
+        variables["params"][path]["activation_basis"] *= np.linspace(0.8, 1.1, 3, dtype=np.float32)
+    with pytest.raises(Refusal, match=r"'dense0.*not evenly spaced.*--quantizer lsq"):
+        make(model, variables, policy_of(model, (3, 2)), x.shape[1:])
 
 
 # ---- versions, widths, refusals -----------------------------------------------------------------------------------

@@ -125,9 +125,14 @@ Packed = Callable[[str, np.ndarray], Weight | np.ndarray]
 
 
 def graph(
-    model: QuantizedModel, variables: Any, policy: Policy, *inputs: Any, packed: Packed | None = None, **kwargs: Any
+    model: QuantizedModel,
+    variables: Any,
+    policy: Policy | None,
+    *inputs: Any,
+    packed: Packed | None = None,
+    **kwargs: Any,
 ) -> Graph:
-    """The model with this policy as a Graph.
+    """The model with this policy as a Graph; None: in float.
 
     variables: with the quantizer's leaves. inputs: arrays or jax.ShapeDtypeStruct; a leading dimension may be symbolic
     (jax.export.symbolic_shape). packed: where the codes come from; default: the weights in `variables` are encoded.
@@ -281,7 +286,8 @@ class _Builder:
         if not isinstance(weight, Constant) or isinstance(data, Constant):
             raise Refusal(f"the weight of layer {path!r} depends on the model's input; leave it in float with a rule")
         operand = np.asarray(weight.full())
-        bits = Bits(32, 32) if spec.in_float[spec.paths.index(path)] else self.policy[path]
+        fixed = self.policy is None or spec.in_float[spec.paths.index(path)]
+        bits = Bits(32, 32) if fixed else self.policy[path]
         leaf = np.asarray(self.params[call.leaf])[index]
         activation = None if bits.a > MAX_BITS else _activation(self.model, spec, self.params, index, int(bits.a))
         encoded = None

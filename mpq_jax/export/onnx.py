@@ -29,7 +29,7 @@ CODES = "mpq_jax.codes"  # the key of codes_record in the file's metadata
 def standard(
     model: QuantizedModel,
     variables: Any,
-    policy: Policy,
+    policy: Policy | None,
     sample_shape: Sequence[int],
     *,
     opset: int = OPSET,
@@ -39,7 +39,8 @@ def standard(
 
     Weights are integers of the narrowest type that holds their width (4, 8 or 16 bits; from opset 25 on 2 too), never
     floats; a layer's input is clipped first where its width is not that of a type.
-    sample_shape: of one input, without the batch. kwargs: further arguments of the model.
+    policy: None writes the float model. sample_shape: of one input, without the batch. kwargs: further arguments of the
+    model.
     Raises Refusal, with the module path, for operations and grids that standard ONNX has no form for.
     """
     if opset < 13 or opset > onnx.defs.onnx_opset_version():
@@ -52,7 +53,7 @@ def standard(
 def qonnx(
     model: QuantizedModel,
     variables: Any,
-    policy: Policy,
+    policy: Policy | None,
     sample_shape: Sequence[int],
     *,
     batch: int = 1,
@@ -77,7 +78,13 @@ def save(proto: Any, path: str | Path) -> None:
 
 
 def _written(
-    model: QuantizedModel, variables: Any, policy: Policy, shape: Sequence[Any], form: Form, opset: int, kwargs: Any
+    model: QuantizedModel,
+    variables: Any,
+    policy: Policy | None,
+    shape: Sequence[Any],
+    form: Form,
+    opset: int,
+    kwargs: Any,
 ) -> tuple[Writer, Graph]:
     image = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
     graph_ = graph(model, variables, policy, image, **kwargs)

@@ -98,13 +98,14 @@ def slice_(w: Writer, node: Node) -> None:
 def dynamic_slice(w: Writer, node: Node) -> None:
     x, *starts = node.inputs
     sizes = node.eqn.params["slice_sizes"]
-    if not all(isinstance(s, Constant) for s in starts):
+    places = [int(s.value) for s in starts if isinstance(s, Constant)]
+    if len(places) < len(starts):
         raise w.refuse(node, "a slice whose place depends on the input", "take it at a fixed place")
     whole = [isinstance(n, int) and n != s for n, s in zip(x.shape, sizes, strict=True)]
     # JAX moves a start that is out of range back into it.
     start = [
-        min(max(int(c.value), 0), n - s) if cuts else 0
-        for c, n, s, cuts in zip(starts, x.shape, sizes, whole, strict=True)
+        min(max(place, 0), n - s) if cuts else 0
+        for place, n, s, cuts in zip(places, x.shape, sizes, whole, strict=True)
     ]
     stop = [a + s for a, s in zip(start, sizes, strict=True)]
     w.put(node.outputs[0], cut(w, w.full(x), start, stop, [1] * len(start), x.shape))

@@ -44,7 +44,7 @@ def compare(
     proto: Any,
     model: QuantizedModel,
     variables: Any,
-    policy: Policy,
+    policy: Policy | None,
     images: np.ndarray,
     *,
     batch: int = 100,

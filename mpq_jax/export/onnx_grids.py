@@ -44,10 +44,10 @@ def grid(w: Writer, node: Node, activation: Activation, path: str) -> Grid:
         if _agree(codes, np.clip(places.astype(np.float64) / scale, low, high)):
             return Grid(scale, low, high, None)
         if set(activation.values) == {"centre", "half_width"}:
-            centre, half = (np.float32(activation.values[name]) for name in ("centre", "half_width"))
+            centre, half = (jnp.float32(activation.values[name]) for name in ("centre", "half_width"))
             size = np.asarray(transform(jnp.asarray(places), centre, half), np.float64)
             if _agree(codes, np.sign(places) * size * high):
-                return Grid(scale, low, high, (centre, half))
+                return Grid(scale, low, high, (float(centre), float(half)))
     raise w.refuse(
         node,
         f"the input grid of {path!r} is not evenly spaced, which ONNX has no form for",
@@ -63,7 +63,7 @@ def _agree(codes: np.ndarray, unrounded: np.ndarray) -> bool:
 def _interval(w: Writer, x: str, found: Grid) -> str:
     """sign(x) clip(alpha |x| + beta, 0, 1) high: QIL's transformer, in the units of its codes."""
     assert found.interval is not None
-    centre, half = found.interval
+    centre, half = (np.float32(n) for n in found.interval)
     alpha, beta = (w.constant(np.float32(v)) for v in (0.5 / half, -0.5 * centre / half + 0.5))
     size = w.emit("Add", w.emit("Mul", w.emit("Abs", x), alpha), beta)
     size = w.emit("Clip", size, w.constant(np.float32(0)), w.constant(np.float32(1)))
@@ -137,7 +137,7 @@ def _weight(w: Writer, node: Node, laid: Laid, name: str) -> str:
         codes, scale, bits = 2 * codes + _doubled(w, node, laid, name), scale / 2, bits + 1
     type_ = _type_of(w, node, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, f"the weight of {name!r}")
     stored = codes.astype(helper.tensor_dtype_to_np_dtype(type_.element))
-    attributes = {"axis": laid.axis} if scale.ndim else {}
+    attributes: dict[str, Any] = {"axis": laid.axis} if scale.ndim else {}
     return w.emit(
         "DequantizeLinear",
         w.constant(stored, f"{name}/weight_codes"),
@@ -204,7 +204,7 @@ def _quant_weight(w: Writer, node: Node, laid: Laid, name: str) -> str:
         places.append(own)
     back = np.argsort(np.concatenate(places))
     joined = w.emit("Concat", *parts, axis=laid.axis)
-    return w.emit("Gather", joined, w.integers(back), name=f"{name}/weight", axis=laid.axis)
+    return w.emit("Gather", joined, w.integers(back.tolist()), name=f"{name}/weight", axis=laid.axis)
 
 
 QUANT = Form(_quant_activation, _quant_weight)

@@ -89,11 +89,11 @@ def laid(w: Writer, node: Node, product: Product, arrange: Arrange) -> Laid:
             f"the levels of {product.path!r} are not evenly spaced, which ONNX has no form for",
             "export the packed file or StableHLO, or train with --quantizer lsq",
         )
-    parts = [np.float32(decoding.scale), np.float32(decoding.offset)]
+    parts: list[np.ndarray] = [np.asarray(decoding.scale, np.float32), np.asarray(decoding.offset, np.float32)]
     if np.ndim(product.bits.w):
         channels = [n if i in product.channel_axes else 1 for i, n in enumerate(codes.shape)]
         parts.append(np.asarray(product.bits.w, np.int32).reshape(channels))
-    full = [arrange(np.broadcast_to(np.asarray(part), codes.shape)) for part in parts]
+    full = [arrange(np.broadcast_to(part, codes.shape)) for part in parts]
     ranges = [_axes_of_change(part) for part in full]
     changing = sorted(set().union(*ranges))
     if len(changing) > 1:

@@ -156,11 +156,8 @@ def gather(w: Writer, node: Node) -> None:
             moving.append((axis, column))
     if len(moving) > 1 or any(axis not in numbers.collapsed_slice_dims for axis, _ in moving):
         raise w.refuse(node, "several axes indexed together", advice)
-    if any(
-        s != b - a
-        for i, (s, a, b) in enumerate(zip(sizes, start, stop, strict=True))
-        if i not in [m for m, _ in moving]
-    ):
+    cut_to = [b - a for a, b in zip(start, stop, strict=True)]
+    if any(sizes[i] != cut_to[i] for i in range(len(sizes)) if i not in [m for m, _ in moving]):
         raise w.refuse(node, "a slice at a place that depends on the input", advice)
     name = cut(w, w.full(x), start, stop, [1] * len(start), x.shape)
     gone = [i for i in numbers.collapsed_slice_dims if i not in [axis for axis, _ in moving]]
@@ -169,15 +166,16 @@ def gather(w: Writer, node: Node) -> None:
     if not moving:
         # One place for all indices: an axis of length 1 for each of theirs, then broadcast.
         kept = [sizes[i] for i in range(len(sizes)) if i not in numbers.collapsed_slice_dims]
+        spread = [kept[offsets.index(i)] if i in offsets else 1 for i in range(len(out.shape))]
         name = w.emit("Unsqueeze", name, w.integers(batch)) if batch else name
-        w.put(
-            out,
-            w.expand(name, [kept[offsets.index(i)] if i in offsets else 1 for i in range(len(out.shape))], out.shape),
-        )
+        w.put(out, w.expand(name, spread, out.shape))
         return
-    axis, column = moving[0]
+    axis, places = moving[0]
     before = axis - sum(g < axis for g in gone)
-    places = w.constant(column.astype(np.int64)) if isinstance(column, np.ndarray) else column
+    if isinstance(places, np.ndarray):
+        if places.min() < 0 or places.max() >= x.shape[axis]:
+            raise w.refuse(node, f"places outside of an axis of length {x.shape[axis]}", "index inside of it")
+        places = w.constant(places.astype(np.int64))
     w.put(out, w.emit("Gather", name, places, axis=before), [*offsets[:before], *batch, *offsets[before:]])
 
 

@@ -16,14 +16,13 @@ from mpq_jax.export.onnx_compare import Comparison, Run, compare
 from mpq_jax.export.onnx_grids import QONNX, QUANT, STANDARD, codes_record
 from mpq_jax.export.onnx_ops import write
 from mpq_jax.export.onnx_products import Form, write_product
-from mpq_jax.export.onnx_writer import BATCH, Writer, helper, onnx
+from mpq_jax.export.onnx_writer import BATCH, CODES, Writer, helper, onnx
 from mpq_jax.files import whole
 from mpq_jax.interpret import CONTRACTIONS
 from mpq_jax.types import Policy, QuantizedModel, Refusal
 
 OPSET = 21  # the first with 4-bit and 16-bit QuantizeLinear
 QONNX_OPSET = 13  # what its tools are written for
-CODES = "mpq_jax.codes"  # the key of codes_record in the file's metadata
 
 
 def standard(

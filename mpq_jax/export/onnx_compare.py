@@ -10,7 +10,7 @@ import numpy as np
 
 from mpq_jax.export import replay
 from mpq_jax.export.graph import Graph, graph
-from mpq_jax.export.onnx_writer import helper, onnx
+from mpq_jax.export.onnx_writer import CODES, helper, onnx
 from mpq_jax.types import Policy, QuantizedModel, Refusal
 
 CLOSE = 1e-4  # of the largest logit
@@ -65,7 +65,7 @@ def compare(
 
     run = replay.runner(made, replay.fake_quantized)
     apply = jax.jit(lambda x: model.apply(variables, policy, x, **kwargs))
-    record = {name: (path, order) for name, (path, order) in json.loads(_metadata(proto)["mpq_jax.codes"]).items()}
+    record = {name: (path, order) for name, (path, order) in json.loads(_metadata(proto)[CODES]).items()}
     sessions = {
         level: (_session(proto, level), _session(_with_codes(proto, list(record)), level)) for level in ("off", "on")
     }
@@ -111,7 +111,7 @@ def _run(ours: np.ndarray, theirs: np.ndarray, flips: list[int], paths: list[str
 
 def _metadata(proto: Any) -> dict[str, str]:
     found = {entry.key: entry.value for entry in proto.metadata_props}
-    if "mpq_jax.codes" not in found:
+    if CODES not in found:
         raise Refusal("the file says nothing of its codes; compare takes what mpq_jax.export.onnx.standard makes")
     return found
 

@@ -22,6 +22,7 @@ except ImportError:
 from onnx import helper, numpy_helper
 
 BATCH = "batch"
+CODES = "mpq_jax.codes"  # the key, in a file's metadata, of where the codes of quantized inputs are
 
 
 class Stored(NamedTuple):
@@ -194,4 +195,4 @@ def _info(value: Value) -> tuple[int, list[Any]]:
     return element_type(str(np.dtype(value.dtype))), dims
 
 
-__all__ = ["BATCH", "Names", "Stored", "Writer", "element_type", "helper", "numpy_helper", "onnx"]
+__all__ = ["BATCH", "CODES", "Names", "Stored", "Writer", "element_type", "helper", "numpy_helper", "onnx"]

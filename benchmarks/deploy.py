@@ -115,6 +115,7 @@ def in_onnxruntime(model, variables, policies, batch: int, threads: int, folder:
         try:
             import onnx
             import onnxruntime
+
             from mpq_jax.export.onnx import standard
 
             options = onnxruntime.SessionOptions()

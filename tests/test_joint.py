@@ -188,7 +188,7 @@ def test_error_term_in_numpy(net):
     for i in range(3):
         seen.clear()
         real = module._quantizing(quantized.specs, quantized.quantizer, "plain", ())
-        values = module._values(quantized.specs, quantized.quantizer, variables, policy[i])
+        values = module.layer_values(quantized.specs, quantized.quantizer, variables, policy[i])
         quantized.walk(variables, values, spy, (BATCH["image"],), {"train": True}, ["batch_stats"])
         for leaf, x, w in seen:
             spec = quantized.specs[leaf]
@@ -311,7 +311,7 @@ def test_batch_statistics_are_the_batches_own(net):
 
     for i in range(3):
         real = module._quantizing(quantized.specs, quantized.quantizer, "plain", ())
-        values = module._values(quantized.specs, quantized.quantizer, variables, row_of(policies, i))
+        values = module.layer_values(quantized.specs, quantized.quantizer, variables, row_of(policies, i))
         quantized.walk(variables, values, spy, (BATCH["image"],), {"train": True}, ["batch_stats"])
         out = seen["conv/kernel"]
         np.testing.assert_allclose(found["bn"]["mean"][i], out.mean((0, 1, 2)), rtol=1e-3, atol=1e-5)

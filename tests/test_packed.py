@@ -62,7 +62,7 @@ def test_runs_as_the_model(written):
     if "embed" in variables["params"]:
         return  # its table is in the file in float, for the lookups
     as_is = {name: Bits(32, b.a) for name, b in policy.items()}
-    run = jax.jit(lambda v, p, x: found.model.apply(v, p, x, float_bits=True, **found.kwargs), static_argnums=())
+    run = jax.jit(lambda v, p, x: found.model.apply(v, p, x, float_bits=True, **found.kwargs))
     expected = jax.jit(lambda v, x: found.model.apply(v, found.policy, x, **found.kwargs))
     np.testing.assert_allclose(
         run(variables, as_is, found.images), expected(found.variables, found.images), rtol=1e-5, atol=1e-5

@@ -64,8 +64,8 @@ PREDICTED = ("W2A3", "W3A3")  # where predictions are measured
 HESSIAN = ("hawq", "hawq_v2")  # the criteria that take longest
 SEARCHES = ("evolution", "gumbel")
 SAMPLED = ("sampled", "sampled_pairwise")
-MORE_SEEDS = ("sampled",)  # contestants, beside uniform ones, of the seeds from 3 on
 CONTESTANTS = (
+    *SAMPLED,
     *("random", "reversed", "initial", "constant", "power_law", "learned"),
     *("hawq", "hawq_v2", "mpqco", "output_fisher", "one_at_a_time", "regression", "regression_pairwise"),
     *SEARCHES,
@@ -84,7 +84,9 @@ class Settings:
     tune_steps: int = 100
     finetune_steps: int = 500
     max_draws: int = 100  # of the Hessian criteria
-    rows: int = 10  # policies measured at once
+    rows: int = 4  # policies measured at once
+    budgets: tuple[str, ...] = tuple(BUDGETS)  # of the stages search and accuracy
+    contestants: tuple[str, ...] = CONTESTANTS  # beside uniform policies
     search: tuple[str, ...] = (
         *("--evolution.generations=5", "--evolution.population=30", "--evolution.top=10"),
         *("--evolution.mutations=15", "--evolution.crossovers=15", "--evolution.statistics_batches=10"),
@@ -359,7 +361,7 @@ def sampled_table(bench: Bench, name: str, budget: str) -> Importance:
 
 def search(bench: Bench) -> None:
     """What the searches that measure policies choose."""
-    for name, method in itertools.product(BUDGETS, SEARCHES):
+    for name, method in itertools.product(bench.settings.budgets, SEARCHES):
         if f"chosen {name} {method}" in bench.lines:
             continue
         table, budgets = bench.budgets(name)
@@ -453,9 +455,9 @@ def accuracy(bench: Bench) -> None:
         bench.lines.add("float", test_accuracy=right / count)
     tuned = tuner(bench, bench.settings.finetune_steps)
     # Those that the main question is about first.
-    names = [name for name in (*SAMPLED, *CONTESTANTS) if bench.seed < 3 or name in MORE_SEEDS]
-    tasks = [(budget, name) for budget in BUDGETS for name in uniforms(*bench.budgets(budget))]
-    for budget, name in (*tasks, *((budget, name) for name in names for budget in BUDGETS)):
+    asked = bench.settings.budgets
+    tasks = [(budget, name) for budget in asked for name in uniforms(*bench.budgets(budget))]
+    for budget, name in (*tasks, *itertools.product(asked, bench.settings.contestants)):
         made = name in (*SAMPLED, "random") or name.startswith("uniform")
         made = made or (name in CRITERIA and files.path_of(bench.workdir, name).exists())
         if not made and f"chosen {budget} {name}" not in bench.lines:
@@ -515,8 +517,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", choices=sorted(FUNCTIONS), default=list(FUNCTIONS))
     parser.add_argument("--root", type=Path, default=Path("runs/proof"))
     for field in dataclasses.fields(Settings):
-        if field.type is int or field.type == "int":
+        if isinstance(field.default, int):
             parser.add_argument(f"--{field.name}", type=int, default=field.default)
+    parser.add_argument("--budgets", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     try:
         arguments, overrides = parser.parse_known_args(argv)
         mine = [word for word in overrides if word[2:].partition(".")[0] in SEARCHES]

@@ -19,7 +19,6 @@ lines.jsonl, keyed by what it is of, and a second call goes on from there. Stage
 Nothing is chosen on the test set: it is read after a policy has been chosen, by the tables that training images made.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import itertools
@@ -36,17 +35,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mpq_jax import build, costs, data, importance, joint, pipeline, policy, stages
 from mpq_jax import config as config_lib
-from mpq_jax import costs, data, importance, joint, pipeline, policy, stages
 from mpq_jax import workdir as workdirs
-from mpq_jax.config import Config
 from mpq_jax.criteria import CRITERIA, files
 from mpq_jax.criteria.compute import measure
 from mpq_jax.criteria.coupling import coupled_pairs, searched_pairs
 from mpq_jax.criteria.learned import RowLog, load_rows
 from mpq_jax.search import methods, random_policies, run, solve
 from mpq_jax.search.others import fits, uniform_policies
-from mpq_jax.types import Bits, Budget, Importance, Refusal
+from mpq_jax.types import Bits, Budget, Importance, QuantizedModel, Refusal
 
 NETS = {
     "digits": "configs/digits.py",
@@ -63,7 +61,8 @@ BUDGETS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 PREDICTED = ("W2A3", "W3A3")  # where predictions are measured
 HESSIAN = ("hawq", "hawq_v2")  # the criteria that take longest
 SEARCHES = ("evolution", "gumbel")
-SAMPLED = ("sampled", "sampled_pairwise")
+SAMPLED = ("sampled", "sampled_pairwise")  # regressions on the stage `samples`
+TRIED = (*SAMPLED, "sampled_loss", "sampled_all", "sampled_all_loss")  # also of the loss, and of policies all over
 CONTESTANTS = (
     *SAMPLED,
     *("random", "reversed", "initial", "constant", "power_law", "learned"),
@@ -216,7 +215,9 @@ def restated(bench: Bench, variables: Mapping[str, Any], policies: Sequence[Mapp
     return {**rows, "batch_stats": jax.tree.map(lambda x: x / len(bench.statistics), total)}, stacked
 
 
-def scores(bench: Bench, variables: Mapping[str, Any], rows: Any, stacked: Any, batches: Sequence[Any]) -> dict[str, list]:
+def scores(
+    bench: Bench, variables: Mapping[str, Any], rows: Any, stacked: Any, batches: Sequence[Any]
+) -> dict[str, list]:
     """Mean losses and accuracies of P policies on `batches`.
 
     "halves": mean losses over the even and over the odd batches, for the split-half reliability.
@@ -256,8 +257,6 @@ def criteria(bench: Bench, names: Sequence[str]) -> None:
     settings = dataclasses.replace(config.criteria, max_draws=bench.settings.max_draws)
     size = min(settings.batch_size, bench.run.dataset.sizes["train"])
     stream = data.train_batches(bench.run.dataset, size, seed=config.seed * 1000 + 999)
-    image = jax.ShapeDtypeStruct((1, *bench.run.dataset.image_shape), jnp.float32)
-    shapes = jax.eval_shape(lambda: bench.run.variables)
     log = load_rows(files.rows_file(bench.workdir), bench.run.model.layers)
     given = {
         "model": bench.run.model,
@@ -267,7 +266,7 @@ def criteria(bench: Bench, names: Sequence[str]) -> None:
         "rows": log,
         "log": log,
         "base": bench.table,
-        "pairs": searched_pairs(bench.run.model, coupled_pairs(bench.run.model, shapes, image, train=False)),
+        "pairs": pairs_of(bench.run.model, bench.run.variables, bench.run.dataset.image_shape),
         "seed": config.seed,
         **config_lib.to_json(dataclasses.replace(config, criteria=settings))["criteria"],
     }
@@ -346,17 +345,23 @@ def samples(bench: Bench) -> None:
         bench.lines.add(key, policies=as_lists(policies, table), loss=loss.tolist(), divergence=divergence.tolist())
 
 
-def sampled_table(bench: Bench, name: str, budget: str) -> Importance:
-    """Regression on the samples near a budget: what the criterion `sampled` does with its own."""
-    near = budget if f"samples {budget}" in bench.lines else "W3A3"
-    one = bench.lines[f"samples {near}"]
-    count = len(one["loss"])
-    log = RowLog(np.arange(count), np.array(one["policies"], np.int32), np.array(one["divergence"]), np.ones(count))
-    image = jax.ShapeDtypeStruct((1, *bench.run.dataset.image_shape), jnp.float32)
-    shapes = jax.eval_shape(lambda: bench.run.variables)
-    pairs = searched_pairs(bench.run.model, coupled_pairs(bench.run.model, shapes, image, train=False))
+def pairs_of(model: QuantizedModel, variables: Any, image_shape: Sequence[int]) -> Any:
+    """The coupled pairs of searched layers; `variables` may be shapes."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return searched_pairs(model, coupled_pairs(model, jax.eval_shape(lambda: variables), image, train=False))
+
+
+def sampled_table(model: QuantizedModel, pairs: Any, lines: Lines, name: str, budget: str) -> Importance:
+    """Ridge regression on the samples: near the budget, of the divergence, additive, unless `name` says otherwise.
+
+    Budgets that no samples were drawn near take those near W3A3.
+    """
+    near = "all" if "all" in name else budget if f"samples {budget}" in lines else "W3A3"
+    one = lines[f"samples {near}"]
+    count, harm = len(one["loss"]), one["loss" if "loss" in name else "divergence"]
+    log = RowLog(np.arange(count), np.array(one["policies"], np.int32), np.array(harm), np.ones(count))
     fitted = "regression_pairwise" if name.endswith("pairwise") else "regression"
-    return measure(fitted, model=bench.run.model, rows=log, pairs=pairs, settled=1.0).importance
+    return measure(fitted, model=model, rows=log, pairs=pairs, settled=1.0).importance
 
 
 def search(bench: Bench) -> None:
@@ -404,7 +409,8 @@ def chosen(bench: Bench, budget: str, name: str) -> list[list[int]]:
         choice = random_policies(table, budgets, 1, seed=bench.seed)[0]
     else:
         if name in SAMPLED:
-            own = sampled_table(bench, name, budget)
+            pairs = pairs_of(bench.run.model, bench.run.variables, bench.run.dataset.image_shape)
+            own = sampled_table(bench.run.model, pairs, bench.lines, name, budget)
         else:
             own, _ = importance.repair(importance.load_importance(files.path_of(bench.workdir, name)))
         choice = solve(own._replace(rules=table.rules), budgets).policy
@@ -481,18 +487,35 @@ def accuracy(bench: Bench) -> None:
         print(f"{bench.net} seed {bench.seed}: {budget} {name} {tested['accuracy'][0]:.4f}", flush=True)
 
 
-def predicted(bench: Bench) -> None:
-    """What every criterion says of the random policies. No training, no data."""
-    for budget, name in itertools.product(PREDICTED, (*CRITERIA, *SAMPLED)):
-        key = f"predicted {budget} {name}"
-        if key in bench.lines or (name in CRITERIA and not files.path_of(bench.workdir, name).exists()):
+def predicted(workdir: Path) -> None:
+    """What every criterion says of the random policies, from the tables and lines in a run's folder; nothing is trained.
+
+    Tables that follow from joint training alone are made here where they are not there.
+    """
+    config, lines = workdirs.load_config(workdir), Lines(workdir / "lines.jsonl")
+    shape, classes = build.SHAPES[config.data.name]
+    model = build.quantized(config, classes, shape)
+    variables = jax.eval_shape(lambda: build.float_variables(config, model, classes, shape))
+    base, _ = importance.repair(importance.load_importance(workdir / "importance.json"))
+    given = {"model": model, "base": base, "pairs": pairs_of(model, variables, shape), "seed": config.seed}
+    given |= config_lib.to_json(config)["criteria"]
+    if files.rows_file(workdir).exists():
+        given["rows"] = given["log"] = load_rows(files.rows_file(workdir), model.layers)
+    for name in CRITERIA:
+        path = files.path_of(workdir, name)
+        if not path.exists() and set(CRITERIA[name].needs) <= {"indicators"} | ({"rows"} if "rows" in given else set()):
+            importance.save_importance(path, measure(name, **given).importance)
+    for budget, name in itertools.product(PREDICTED, (*CRITERIA, *TRIED)):
+        if f"predicted {budget} {name}" in lines or f"random {budget}" not in lines:
             continue
-        if name in SAMPLED:
-            table = sampled_table(bench, name, budget)
+        if name in TRIED:
+            table = sampled_table(model, given["pairs"], lines, name, budget)
+        elif files.path_of(workdir, name).exists():
+            table, _ = importance.repair(importance.load_importance(files.path_of(workdir, name)))
         else:
-            table, _ = importance.repair(importance.load_importance(files.path_of(bench.workdir, name)))
-        policies = [as_policy(bits, table) for bits in bench.lines[f"random {budget}"]["policies"]]
-        bench.lines.add(key, values=[importance.total(table, each) for each in policies])
+            continue
+        policies = [as_policy(bits, table) for bits in lines[f"random {budget}"]["policies"]]
+        lines.add(f"predicted {budget} {name}", values=[importance.total(table, each) for each in policies])
 
 
 # ---- command ------------------------------------------------------------------------------------------------------
@@ -505,7 +528,7 @@ FUNCTIONS: Mapping[str, Callable[[Bench], None]] = {
     "criteria": lambda bench: criteria(bench, [name for name in CRITERIA if name not in HESSIAN]),
     "hessian": lambda bench: criteria(bench, HESSIAN),
     "search": search,
-    "predicted": predicted,
+    "predicted": lambda bench: predicted(bench.workdir),
     "accuracy": accuracy,
 }
 

@@ -1,0 +1,330 @@
+"""docs/results.md and its figures from the lines of benchmarks.proof: every number in it is computed here.
+
+python -m benchmarks.proof_document --collect runs/proof     gathers the runs' lines into docs/results/proof.jsonl
+python -m benchmarks.proof_document                          writes docs/results.md and docs/results/*.png
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+LINES, DOCUMENT = Path("docs/results/proof.jsonl"), Path("docs/results.md")
+PREDICTED = ("W2A3", "W3A3")
+BUDGETS = ("W2A3", "W3A3", "W3A4", "size W3, A4")
+NAMES = {"resnet8": "ResNet-8", "mobilenetv1": "MobileNetV1-0.25"}
+# (name of a predictor, what it is)
+PREDICTORS = {
+    "learned": "learned step sizes, as published",
+    "hawq": "HAWQ",
+    "hawq_v2": "HAWQ-v2",
+    "mpqco": "MPQCO",
+    "output_fisher": "output-Fisher",
+    "one_at_a_time": "one layer at a time",
+    "regression": "regression on joint training's random rows",
+    "regression_pairwise": "the same, with pairs",
+    "sampled": "regression on sampled policies near the budget, divergence",
+    "sampled_loss": "the same, of their loss",
+    "sampled_pairwise": "the same, of their divergence, with pairs",
+    "sampled_all": "the same, additive, policies all over",
+    "constant": "control: constant",
+    "power_law": "control: power law",
+    "initial": "control: initial statistics",
+    "random": "control: random",
+    "reversed": "control: reversed",
+}
+CONTESTANTS = {
+    "random": "a random policy",
+    "reversed": "control: reversed",
+    "initial": "control: initial statistics",
+    "constant": "control: constant",
+    "power_law": "control: power law",
+    "learned": "learned, as published",
+    "hawq": "HAWQ",
+    "hawq_v2": "HAWQ-v2",
+    "mpqco": "MPQCO",
+    "output_fisher": "output-Fisher",
+    "one_at_a_time": "one layer at a time",
+    "regression": "regression on random rows",
+    "sampled": "regression on sampled policies",
+    "sampled_pairwise": "the same with pairs",
+}
+
+Runs = Mapping[tuple[str, int], Mapping[str, Mapping[str, Any]]]
+
+
+def read(path: Path) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
+    """{(net, seed): {key: line}} in the order of nets and seeds."""
+    runs: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for text in path.read_text().splitlines():
+        one = json.loads(text)
+        runs.setdefault((one["net"], one["seed"]), {})[one["key"]] = one
+    return dict(sorted(runs.items(), key=lambda item: (list(NAMES).index(item[0][0]), item[0][1])))
+
+
+def collect(root: Path, path: Path) -> None:
+    """All runs' lines in one file, net and seed added. Policies of the samples are left out: they are many."""
+    texts = []
+    for file in sorted(root.glob("*/seed*/lines.jsonl")):
+        for text in file.read_text().splitlines():
+            one = json.loads(text)
+            if one["key"].startswith("samples "):
+                one = {"key": one["key"], "count": len(one["loss"])}
+            texts.append(json.dumps({"net": file.parts[-3], "seed": int(file.parts[-2][4:]), **rounded(one)}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(texts) + "\n")
+
+
+def rounded(value: Any) -> Any:
+    """Floats to seven digits: what float32 holds."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+# ---- statistics ---------------------------------------------------------------------------------------------------
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    return float(stats.spearmanr(a, b)[0])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half width of its 95 % t interval; nan for fewer than two values)."""
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def reliability(halves: Sequence[Sequence[float]]) -> float:
+    """Of the mean over both halves: the halves' rank correlation r, stepped up by Spearman and Brown, 2 r / (1 + r)."""
+    r = spearman(*np.asarray(halves).T)
+    return 2 * r / (1 + r)
+
+
+def cell(values: Sequence[float], digits: int = 2, scale: float = 1.0, sign: bool = False) -> str:
+    """ "0.31 ± 0.05" """
+    if not len(values):
+        return ""
+    mean, half = interval(values)
+    form = f"{'+' if sign else ''}.{digits}f"
+    return f"{scale * mean:{form}}" + ("" if np.isnan(half) else f" ± {scale * half:.{digits}f}")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+# ---- prediction ---------------------------------------------------------------------------------------------------
+
+
+def tuned(lines: Mapping[str, Any], budget: str) -> list[dict[str, Any]]:
+    """The lines of the random policies that were fine-tuned, in the order of the policies."""
+    found = []
+    while f"tuned {budget} {len(found)}" in lines:
+        found.append(lines[f"tuned {budget} {len(found)}"])
+    return found
+
+
+def correlations(runs: Runs, net: str, budget: str, name: str, after: bool) -> list[float]:
+    """Rank correlation of predicted harm and measured loss, a number a seed. after: a short fine-tuning."""
+    found = []
+    for (own, _), lines in runs.items():
+        key = f"predicted {budget} {name}"
+        if own != net or key not in lines:
+            continue
+        losses = [one["loss"] for one in tuned(lines, budget)] if after else lines[f"random {budget}"]["loss"]
+        if losses:
+            found.append(spearman(lines[key]["values"][: len(losses)], losses))
+    return found
+
+
+def of_runs(runs: Runs, net: str, function: Callable[[Mapping[str, Any]], float | None]) -> list[float]:
+    values = [function(lines) for (own, _), lines in runs.items() if own == net]
+    return [value for value in values if value is not None]
+
+
+def joint_and_tuned(runs: Runs, net: str, budget: str) -> list[float]:
+    """Rank correlation of the joint model's loss with that after a short fine-tuning, a number a seed."""
+
+    def one(lines):
+        found = [each["loss"] for each in tuned(lines, budget)]
+        return spearman(lines[f"random {budget}"]["loss"][: len(found)], found) if found else None
+
+    return of_runs(runs, net, one)
+
+
+def ceilings(runs: Runs, net: str) -> list[list[str]]:
+    """Rows of the table: noise ceilings, and what the joint model's own loss predicts."""
+
+    def before(budget):
+        return of_runs(runs, net, lambda lines: reliability(lines[f"random {budget}"]["halves"]))
+
+    def after(budget):
+        return of_runs(
+            runs,
+            net,
+            lambda lines: reliability([one["halves"] for one in found]) if (found := tuned(lines, budget)) else None,
+        )
+
+    return [
+        ["noise ceiling (reliability)", *(cell(f(b), 3) for b in PREDICTED for f in (before, after))],
+        ["the joint model's loss itself", *(x for b in PREDICTED for x in ("1", cell(joint_and_tuned(runs, net, b))))],
+    ]
+
+
+def prediction_table(runs: Runs, net: str) -> str:
+    head = ["predicted by", *(f"{b}: {what}" for b in PREDICTED for what in ("joint loss", "fine-tuned"))]
+    rows = ceilings(runs, net)
+    for name, text in PREDICTORS.items():
+        cells = [cell(correlations(runs, net, b, name, after)) for b in PREDICTED for after in (False, True)]
+        if any(cells):
+            rows.append([text, *cells])
+    return table(head, rows)
+
+
+# ---- accuracy -----------------------------------------------------------------------------------------------------
+
+
+def result(lines: Mapping[str, Any], budget: str, name: str) -> Mapping[str, Any] | None:
+    """The line of a contestant's fine-tuning."""
+    one = lines.get(f"chosen {budget} {name}")
+    return None if one is None else lines.get(f"finetuned {digest(one['policy'])}")
+
+
+def digest(bits: Any) -> str:
+    from benchmarks.proof import digest as of_policy
+
+    return of_policy(bits)
+
+
+def best_uniform(lines: Mapping[str, Any], budget: str) -> tuple[str, Mapping[str, Any]] | None:
+    """Of the uniform policies that fit, the one of least validation loss after fine-tuning."""
+    prefix = f"chosen {budget} uniform "
+    found = {
+        key[len(prefix) :]: result(lines, budget, key[len(f"chosen {budget} ") :])
+        for key in lines
+        if key.startswith(prefix)
+    }
+    done = {name: one for name, one in found.items() if one is not None}
+    return min(done.items(), key=lambda item: item[1]["loss"]) if done else None
+
+
+def differences(runs: Runs, net: str, budget: str, name: str, seeds: int = 3) -> list[float]:
+    """Test accuracy minus the best uniform policy's, a number a seed; none where a seed below `seeds` is missing."""
+    found = {}
+    for (own, seed), lines in runs.items():
+        one, other = result(lines, budget, name), best_uniform(lines, budget)
+        if own == net and one and other:
+            found[seed] = one["test_accuracy"] - other[1]["test_accuracy"]
+    return list(found.values()) if set(range(seeds)) <= set(found) else []
+
+
+def accuracy_table(runs: Runs, net: str, seeds: int = 3) -> str:
+    head = ["", *(b for b in BUDGETS)]
+    rows = []
+    own = {seed: lines for (of, seed), lines in runs.items() if of == net}
+    best = [[best_uniform(lines, b) for lines in own.values()] for b in BUDGETS]
+    if all(lines.get("float") for lines in own.values()):
+        floats = [100 * lines["float"]["test_accuracy"] for lines in own.values()]
+        rows.append([f"float, % ({len(floats)} seeds)", *[cell(floats)] * len(BUDGETS)])
+    rows.append(
+        [
+            "best uniform, %",
+            *(cell([100 * one[1]["test_accuracy"] for one in each if one]) for each in best),
+        ]
+    )
+    rows.append(["its bits", *(", ".join(one[0].removeprefix("uniform ") for one in each if one) for each in best)])
+    for name, text in CONTESTANTS.items():
+        cells = [cell(differences(runs, net, b, name, seeds), 2, 100, sign=True) for b in BUDGETS]
+        if any(cells):
+            rows.append([text, *cells])
+    return table(head, rows)
+
+
+# ---- document -----------------------------------------------------------------------------------------------------
+
+
+def document(runs: Runs) -> str:
+    """docs/results.md."""
+    nets = [net for net in NAMES if any(own == net for own, _ in runs)]
+    seeds = {net: sum(own == net for own, _ in runs) for net in nets}
+    template = (Path(__file__).parent / "proof_document.md").read_text()
+    values: dict[str, str] = {}
+    for net in nets:
+        values |= {
+            f"prediction {net}": prediction_table(runs, net),
+            f"accuracy {net}": accuracy_table(runs, net, min(3, accuracy_seeds(runs, net))),
+            f"seeds {net}": str(seeds[net]),
+        }
+        for budget in PREDICTED:
+            losses = of_runs(runs, net, lambda lines, b=budget: float(np.ptp(lines[f"random {b}"]["loss"])))
+            values[f"spread {net} {budget}"] = cell(losses)
+            values[f"joint-tuned {net} {budget}"] = cell(joint_and_tuned(runs, net, budget))
+            for name in PREDICTORS:
+                for after, word in ((False, "joint"), (True, "tuned")):
+                    values[f"rho {net} {budget} {name} {word}"] = cell(correlations(runs, net, budget, name, after))
+        for budget in BUDGETS:
+            for name in CONTESTANTS:
+                values[f"gain {net} {budget} {name}"] = cell(differences(runs, net, budget, name), 2, 100, sign=True)
+    for name, value in values.items():
+        template = template.replace("{{" + name + "}}", value or "not measured")
+    if "{{" in template:
+        raise ValueError(f"no value for {template[template.index('{{') :][:60]}")
+    return template
+
+
+def accuracy_seeds(runs: Runs, net: str) -> int:
+    """How many seeds have a contestant fine-tuned beside the uniform policies."""
+    return sum(own == net and result(lines, "W3A3", "sampled") is not None for (own, _), lines in runs.items())
+
+
+def figure(runs: Runs, path: Path) -> None:
+    """Predicted harm against measured loss, seed 0 of each net, at W3A3's level: published and sampled, each by rank."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    nets = [net for net in NAMES if (net, 0) in runs]
+    names = ("learned", "constant", "sampled")
+    figure, axes = plt.subplots(len(nets), len(names), figsize=(9, 3 * len(nets)), squeeze=False, sharey="row")
+    for row, net in zip(axes, nets, strict=True):
+        lines = runs[net, 0]
+        losses = lines["random W3A3"]["loss"]
+        for ax, name in zip(row, names, strict=True):
+            values = lines[f"predicted W3A3 {name}"]["values"]
+            ax.scatter(values, losses, s=10, color="#2a6f97")
+            ax.set_title(f"{NAMES[net]}, {name}: rank correlation {spearman(values, losses):.2f}", fontsize=8)
+            ax.set_xlabel("predicted harm", fontsize=8)
+            ax.tick_params(labelsize=7)
+        row[0].set_ylabel("validation loss, joint model", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--collect", type=Path, help="the root of benchmarks.proof's runs")
+    arguments = parser.parse_args(argv)
+    if arguments.collect:
+        collect(arguments.collect, LINES)
+    runs = read(LINES)
+    DOCUMENT.write_text(document(runs))
+    figure(runs, LINES.parent / "prediction.png")
+    print(DOCUMENT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The proof's own parts, and that docs/results.md says what the committed lines say; no training."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import proof, proof_document
+from mpq_jax import build, config, costs
+from mpq_jax.types import Bits, Importance, Layer
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return proof_document.read(proof_document.LINES)
+
+
+def test_the_document_agrees_with_the_lines(runs):
+    assert proof_document.DOCUMENT.read_text() == proof_document.document(runs), (
+        "write it again: python -m benchmarks.proof_document"
+    )
+
+
+def test_a_correlation_computed_another_way(runs):
+    lines = runs["resnet8", 0]
+    found = proof_document.correlations({("resnet8", 0): lines}, "resnet8", "W3A3", "learned", after=False)
+    ranks = [
+        np.argsort(np.argsort(x)) for x in (lines["predicted W3A3 learned"]["values"], lines["random W3A3"]["loss"])
+    ]
+    assert found == pytest.approx([np.corrcoef(*ranks)[0, 1]])
+
+
+def test_a_difference_computed_another_way(runs):
+    wanted = []
+    for seed in range(5):
+        lines = runs["resnet8", seed]
+        one = lines["finetuned " + proof.digest(lines["chosen W3A3 sampled"]["policy"])]
+        others = [
+            lines["finetuned " + proof.digest(lines[f"chosen W3A3 uniform {name}"]["policy"])]
+            for name in ("W2A4", "W3A3", "W4A2")
+        ]
+        wanted.append(one["test_accuracy"] - min(others, key=lambda each: each["loss"])["test_accuracy"])
+    assert proof_document.differences(runs, "resnet8", "W3A3", "sampled") == pytest.approx(wanted)
+
+
+def test_every_policy_keeps_its_budget(runs):
+    used = [one["used"] for lines in runs.values() for key, one in lines.items() if key.startswith("chosen ")]
+    assert len(used) > 100 and max(used) <= 1
+
+
+def test_interval_and_reliability():
+    mean, half = proof_document.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.302653 / np.sqrt(3))  # t of two degrees of freedom at 0.975
+    assert proof_document.cell([1.0]) == "1.00"
+    assert proof_document.reliability([[1, 1], [2, 2], [3, 3]]) == pytest.approx(1)
+    # Ranks 1 2 3 and 1 3 2: r = 1/2, stepped up to 2/3.
+    assert proof_document.reliability([[1, 1], [2, 3], [3, 2]]) == pytest.approx(2 / 3)
+
+
+TABLE = Importance(
+    "made",
+    (2, 3, 4),
+    (2, 3, 4),
+    (Layer("ends", 10, 100, False, Bits(8, 8)), *(Layer(f"l{i}", 10 * i, 100 * i, True) for i in (1, 2))),
+    np.zeros((2, 3)),
+    np.zeros((2, 3)),
+)
+
+
+@pytest.mark.parametrize("text", ["bitops=W2A3", "bitops=W3A3", "bitops=W4A4", "size=W3"])
+def test_uniform_policies_that_no_other_has_all_bits_of(text):
+    budgets = costs.parse_budgets([text], TABLE.layers, TABLE.bit_widths, TABLE.activation_bit_widths)
+    policies = {
+        (w, a): {layer.path: layer.bits or Bits(w, a) for layer in TABLE.layers}
+        for w, a in itertools.product((2, 3, 4), repeat=2)
+    }
+    fitting = {wa for wa, each in policies.items() if costs.used(budgets[0], each, TABLE) <= budgets[0].limit}
+    largest = {
+        (w, a) for w, a in fitting if not fitting & {(v, b) for v, b in policies if v >= w and b >= a} - {(w, a)}
+    }
+    assert proof.uniforms(TABLE, budgets) == {f"uniform W{w}A{a}": policies[w, a] for w, a in largest}
+
+
+def test_policies_survive_a_line(tmp_path):
+    policy = {"ends": Bits(8, 8), "l1": Bits(2, 3), "l2": Bits(4, 4)}
+    lines = proof.Lines(tmp_path / "lines.jsonl")
+    lines.add("one", policy=proof.as_lists([policy], TABLE)[0])
+    with lines.path.open("a") as file:
+        file.write(json.dumps({"key": "two", "policy": []})[:-4])  # a kill in the middle of a line
+    again = proof.Lines(lines.path)
+    assert "two" not in again and proof.as_policy(again["one"]["policy"], TABLE) == policy
+
+
+def test_the_sampled_table_finds_additive_harm(tmp_path):
+    settings = config.load("configs/digits.py")
+    model = build.quantized(settings, 10, (8, 8, 1))
+    paths = [layer.path for layer in model.layers if layer.searched]
+    rng = np.random.default_rng(0)
+    weight = np.sort(rng.uniform(0, 1, (len(paths), 5)))[:, ::-1]  # falls with bits
+    activation = np.sort(rng.uniform(0, 1, (len(paths), 5)))[:, ::-1]
+    tied = {layer.path: layer.tied for layer in model.layers}
+    policies = rng.integers(2, 7, (600, len(paths), 2))
+    for i, j in itertools.combinations(range(len(paths)), 2):
+        if tied[paths[i]] is not None and tied[paths[i]] == tied[paths[j]]:
+            policies[:, j, 1] = policies[:, i, 1]
+    rows = np.arange(len(paths))
+    log = (weight[rows, policies[..., 0] - 2] + activation[rows, policies[..., 1] - 2]).sum(1)
+    lines = proof.Lines(tmp_path / "lines.jsonl")
+    lines.add("samples W3A3", policies=policies.tolist(), loss=np.ones(600).tolist(), divergence=np.exp(log).tolist())
+    table = proof.sampled_table(model, (), lines, "sampled", "W3A4")
+    assert table.weight is not None
+    np.testing.assert_allclose(table.weight, weight - weight[:, -1:], atol=0.02)

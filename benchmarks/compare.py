@@ -136,7 +136,7 @@ def by_criterion(name: str, bench: Bench) -> Found:
     began = time.perf_counter()
     solution = solve(table, bench.budgets)
     about = {} if name == "learned" else json.loads(path.read_text()).get("about", {})
-    joined = bench.joint_passes if {"rows", "indicators"} & set(CRITERIA[name].needs) else 0.0
+    joined = bench.joint_passes if {"rows", "joint", "indicators"} & set(CRITERIA[name].needs) else 0.0
     notes = [*about.get("notes", ()), solution.status, solution.solver]
     return Found(
         [solution.policy],

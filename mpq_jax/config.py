@@ -121,7 +121,11 @@ class Criteria:
     uniform_activations: int = 0  # hawq, hawq_v2, mpqco: weights only, all activations at so many bits, as published;
     # 0: the same formula on activations too
     others: str = "float"  # one_at_a_time: all else in float, or at its widest
-    monotone: bool = False  # regression: harm must not rise with bits
+    policies: int = 240  # sampled: random policies that are measured
+    near: tuple[
+        str, ...
+    ] = ()  # sampled: budgets that they are drawn near, such as "bitops=W3A3"; search.py gives its own
+    monotone: bool = False  # regression, sampled: harm must not rise with bits
     settled: float = 0.5  # regression: share of the random rows' log, from its end, that is used
 
 

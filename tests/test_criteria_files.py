@@ -24,7 +24,7 @@ config = Config(
     pretrain=Pretrain(steps=8, batch_size=32, warmup_steps=2),
     joint=Joint(steps=30, batch_size=16),
     finetune=Finetune(steps=2, batch_size=16, compare=False),
-    criteria=Criteria(samples=64, batch_size=32, hessian_samples=32, max_draws=10, settled=1.0),
+    criteria=Criteria(samples=64, batch_size=32, hessian_samples=32, max_draws=10, settled=1.0, policies=20),
     eval_batch_size=355, statistics_batches=2, checkpoint_every=4, log_every=4,
 )
 """

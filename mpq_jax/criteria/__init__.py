@@ -36,7 +36,7 @@ class Criterion(NamedTuple):
     function: "module:function" under mpq_jax.criteria; it names what it takes (see `compute.measure`) and returns an
         Importance, or Measured.
     needs: of "checkpoint" (finished float weights), "labels" (beside the images), "rows" (the log of joint training's
-        random rows), "indicators" (the importance.json of a finished joint training).
+        random rows), "joint" (the joint model of a finished joint training), "indicators" (its importance.json).
     unit: of the table. cost: in passes over data. line: what it is.
     settings: the values of the config's `criteria` section that change it.
     """
@@ -104,6 +104,14 @@ CRITERIA: Mapping[str, Criterion] = {
         "none: the passes of joint training's random rows",
         "the same with terms of pairs of neighbouring and residual-coupled layers",
         ("monotone", "settled"),
+    ),
+    "sampled": Criterion(
+        "sampled:sampled",
+        ("checkpoint", "joint"),
+        "log divergence",
+        "1 forward pass over samples a policy",
+        "ridge regression of random policies' divergence from the float model, near the budget, on their bits",
+        ("samples", "batch_size", "policies", "near", "monotone"),
     ),
     "one_at_a_time": Criterion(
         "one_at_a_time:one_at_a_time",

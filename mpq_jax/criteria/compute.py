@@ -101,6 +101,8 @@ def _given(run: stages.Run, config: Config, name: str, wanted: set[str]) -> dict
         "batches": lambda: _batches(run, config),
         "rows": lambda: load_rows(rows_file(run.workdir), run.model.layers),
         "log": lambda: load_rows(rows_file(run.workdir), run.model.layers) if log else None,
+        "joint": lambda: stages.finished_joint(run, stages.calibrated(run, stages.finished_float(run))),
+        "rules": lambda: config.search.rules,
         "base": lambda: _base(run.workdir, run.model),
         "pairs": lambda: _pairs(run),
         "seed": lambda: config.seed,

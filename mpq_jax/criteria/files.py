@@ -72,6 +72,11 @@ def check(workdir: Path, name: str, config: Config) -> None:
             f"{name} needs the log of joint training's random rows, and {rows_file(workdir)} does not exist; "
             f"make it with: {train}"
         )
+    if "joint" in needs and latest_step(workdir / "joint") is None:
+        raise Refusal(
+            f"{name} needs the joint model, and {workdir / 'joint'} holds no checkpoint; make it with: {train}; "
+            f"criteria without it: {', '.join(_untrained())}"
+        )
     if ("indicators" in needs or joint_sizes) and not (workdir / "importance.json").is_file():
         raise Refusal(
             f"{name} needs the learned step sizes, and {workdir / 'importance.json'} does not exist; "
@@ -82,7 +87,7 @@ def check(workdir: Path, name: str, config: Config) -> None:
 def _check_settings(settings: config_lib.Criteria) -> None:
     if settings.step_sizes not in ("calibrated", "joint"):
         raise Refusal(f'criteria.step_sizes {settings.step_sizes!r} is not known; choose "calibrated" or "joint"')
-    for name, least in (("samples", 1), ("batch_size", 1), ("hessian_samples", 1), ("max_draws", 2)):
+    for name, least in (("samples", 1), ("batch_size", 1), ("hessian_samples", 1), ("max_draws", 2), ("policies", 20)):
         if getattr(settings, name) < least:
             raise Refusal(f"criteria.{name} is {getattr(settings, name)}; give a number from {least}")
     if not 0 < settings.relative_error < 1:
@@ -124,11 +129,13 @@ def made_from(workdir: Path, name: str, config: Config) -> dict[str, Any]:
             if config.model.weights
             else workdir / "pretrain" / str(step) / "_CHECKPOINT_METADATA"
         )
+    if "joint" in criterion.needs:
+        files.append(workdir / "joint" / str(latest_step(workdir / "joint")) / "_CHECKPOINT_METADATA")
     if "rows" in criterion.needs or (uses_log(name) and rows_file(workdir).is_file()):
         files.append(rows_file(workdir))
     if "indicators" in criterion.needs or result["criteria"].get("step_sizes") == "joint":
         files.append(workdir / "importance.json")
-    result["files"] = {file.name: _digest(file) for file in files}
+    result["files"] = {"/".join(file.parts[len(workdir.parts) :]) or file.name: _digest(file) for file in files}
     return result
 
 
@@ -146,4 +153,4 @@ def _digest(path: Path) -> str:
 
 
 def _untrained() -> list[str]:
-    return [name for name, row in CRITERIA.items() if not {"rows", "indicators"} & set(row.needs)]
+    return [name for name, row in CRITERIA.items() if not {"rows", "joint", "indicators"} & set(row.needs)]

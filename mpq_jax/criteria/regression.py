@@ -41,7 +41,7 @@ def regression(model: QuantizedModel, rows: RowLog, *, monotone: bool = False, s
     early rows had not settled. Layers tied together share their effect equally.
     Raises Refusal for a log of fewer than 20 rows, or 5 steps.
     """
-    return _fitted(model, rows, (), "regression", monotone, settled)
+    return fitted(model, rows, (), "regression", monotone, settled)
 
 
 def regression_pairwise(
@@ -52,7 +52,7 @@ def regression_pairwise(
     The terms have means of 0 over each of their axes: what one decision does alone is in `weight` and `activation`.
     Their penalty is chosen beside the other one. monotone: of the additive effects.
     """
-    return _fitted(model, rows, pairs, "regression_pairwise", monotone, settled)
+    return fitted(model, rows, pairs, "regression_pairwise", monotone, settled)
 
 
 # ---- the design ---------------------------------------------------------------------------------------------------
@@ -133,9 +133,10 @@ def _design(units: Sequence[Decision], pairs: Sequence[tuple[int, int]], log: Ro
 # ---- the fit ------------------------------------------------------------------------------------------------------
 
 
-def _fitted(
+def fitted(
     model: QuantizedModel, rows: RowLog, pairs: Sequence[Pair], name: str, monotone: bool, settled: float
 ) -> Measured:
+    """The table `name` of the regression on any rows; arguments as above."""
     log = _usable(rows, settled)
     units = decisions(model)
     couples = coupled(model, pairs, units)
@@ -149,7 +150,7 @@ def _fitted(
     weight, activation = _tables(model, units, alone)
     table = sites.importance(model, name, weight, activation)
     table = table._replace(interactions=_interactions(model, units, couples, together))
-    notes = [f"{len(target)} of {len(rows.loss)} logged rows; penalty {penalty:.2g}; out of fold, R^2 is {score:.3f}"]
+    notes = [f"{len(target)} of {len(rows.loss)} rows; penalty {penalty:.2g}; out of fold, R^2 is {score:.3f}"]
     if couples:
         notes.append(f"{len(couples)} pairs of decisions, their effects scaled by {scale:g}")
     if (rows.assignment[..., 0] == rows.assignment[..., 1]).all():

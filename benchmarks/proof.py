@@ -62,7 +62,9 @@ PREDICTED = ("W2A3", "W3A3")  # where predictions are measured
 HESSIAN = ("hawq", "hawq_v2")  # the criteria that take longest
 SEARCHES = ("evolution", "gumbel")
 SAMPLED = ("sampled", "sampled_pairwise")  # regressions on the stage `samples`
-TRIED = (*SAMPLED, "sampled_loss", "sampled_all", "sampled_all_loss")  # also of the loss, and of policies all over
+FEWER = (30, 60, 120)
+# Also of the loss, of policies all over, and of the first few policies.
+TRIED = (*SAMPLED, "sampled_loss", "sampled_all", "sampled_all_loss", *(f"sampled_{count}" for count in FEWER))
 CONTESTANTS = (
     *SAMPLED,
     *("random", "reversed", "initial", "constant", "power_law", "learned"),
@@ -358,8 +360,10 @@ def sampled_table(model: QuantizedModel, pairs: Any, lines: Lines, name: str, bu
     """
     near = "all" if "all" in name else budget if f"samples {budget}" in lines else "W3A3"
     one = lines[f"samples {near}"]
-    count, harm = len(one["loss"]), one["loss" if "loss" in name else "divergence"]
-    log = RowLog(np.arange(count), np.array(one["policies"], np.int32), np.array(harm), np.ones(count))
+    last = name.rpartition("_")[2]
+    count = int(last) if last.isdigit() else len(one["loss"])
+    harm = np.array(one["loss" if "loss" in name else "divergence"][:count])
+    log = RowLog(np.arange(count), np.array(one["policies"][:count], np.int32), harm, np.ones(count))
     fitted = "regression_pairwise" if name.endswith("pairwise") else "regression"
     return measure(fitted, model=model, rows=log, pairs=pairs, settled=1.0).importance
 

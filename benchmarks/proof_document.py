@@ -192,6 +192,15 @@ def prediction_table(runs: Runs, net: str) -> str:
     return table(head, rows)
 
 
+def cheaper_table(runs: Runs, net: str) -> str:
+    """How few sampled policies will do. Passes: of 1,536 samples a policy, forward, beside joint training's."""
+    rows = []
+    for name, count in (*((f"sampled_{count}", count) for count in (30, 60, 120)), ("sampled", 240)):
+        cells = [cell(correlations(runs, net, b, name, False)) for b in PREDICTED]
+        rows.append([str(count), f"{count * 1536 / 3 / 54_000:.2f}", *cells])
+    return table(["policies", "passes", *(f"{b}: joint loss" for b in PREDICTED)], rows)
+
+
 # ---- accuracy -----------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +272,7 @@ def document(runs: Runs) -> str:
     for net in nets:
         values |= {
             f"prediction {net}": prediction_table(runs, net),
+            f"cheaper {net}": cheaper_table(runs, net),
             f"accuracy {net}": accuracy_table(runs, net, min(3, accuracy_seeds(runs, net))),
             f"seeds {net}": str(seeds[net]),
         }

@@ -10,6 +10,7 @@ lines.jsonl, keyed by what it is of, and a second call goes on from there. Stage
   random     random policies within 2 % of a budget: validation loss of the joint model, statistics re-estimated
   samples    many more of them, and some all over, on a few training batches: what regressions are fitted to
   tune       some of the random policies after a short fine-tuning: validation loss
+  alone      depthwise and pointwise layers, one at a time at few bits: what they cost, and their step sizes
   criteria   the importance table of every criterion but those of stage hessian
   hessian    those of HAWQ and HAWQ-v2
   search     what evolution and DNAS choose at every budget
@@ -61,6 +62,7 @@ BUDGETS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 PREDICTED = ("W2A3", "W3A3")  # where predictions are measured
 HESSIAN = ("hawq", "hawq_v2")  # the criteria that take longest
 SEARCHES = ("evolution", "gumbel")
+PAIRS, ALONE = 5, (4, 2)  # stage alone: so many pairs of layers, at these bits
 SAMPLED = ("sampled", "sampled_pairwise")  # regressions on the stage `samples`
 FEWER = (30, 60, 120)
 # Also of the loss, of policies all over, and of the first few policies.
@@ -491,6 +493,41 @@ def accuracy(bench: Bench) -> None:
         print(f"{bench.net} seed {bench.seed}: {budget} {name} {tested['accuracy'][0]:.4f}", flush=True)
 
 
+def alone(bench: Bench) -> None:
+    """Each depthwise convolution and the pointwise one behind it, of the first pairs, alone at few bits.
+
+    All other layers are at their widest (LIMPQ's figure 2, which has them in float). Joint model, no fine-tuning.
+    """
+    if "alone" in bench.lines:
+        return
+    table = bench.table
+    assert table.weight is not None and table.activation is not None
+    model, most = bench.run.model, max(table.bit_widths)
+    widest = policy.uniform(model.layers, most, most, table.bit_widths, table.activation_bit_widths)
+    paths = [path for pair in pipeline.depthwise_pairs(model)[:PAIRS] for path in pair]
+    cases = [(path, bits) for path in paths for bits in ALONE]
+    policies = [widest, *({**widest, path: Bits(bits, bits)} for path, bits in cases)]
+    parts = in_stacks(bench, policies, lambda part: measured(bench, bench.start, part))
+    loss, accuracy = (
+        [value for count, part in parts for value in part[field][:count]] for field in ("loss", "accuracy")
+    )
+    searched = [layer.path for layer in table.layers if layer.searched]
+    kinds = {path: spec.kind for spec in model.specs.values() for path in spec.paths}
+    rows = [
+        {
+            "path": path,
+            "kind": "depthwise" if kinds[path] == "depthwise" else "pointwise",
+            "bits": bits,
+            "weight": float(table.weight[searched.index(path), table.bit_widths.index(bits)]),
+            "activation": float(table.activation[searched.index(path), table.activation_bit_widths.index(bits)]),
+            "loss": loss[number],
+            "accuracy": accuracy[number],
+        }
+        for number, (path, bits) in enumerate(cases, start=1)
+    ]
+    bench.lines.add("alone", rows=rows, loss=loss[0], accuracy=accuracy[0], others=most)
+
+
 def predicted(workdir: Path) -> None:
     """What every criterion says of the random policies, from the tables and lines in a run's folder; nothing is trained.
 
@@ -529,6 +566,7 @@ FUNCTIONS: Mapping[str, Callable[[Bench], None]] = {
     "random": random,
     "samples": samples,
     "tune": tune,
+    "alone": alone,
     "criteria": lambda bench: criteria(bench, [name for name in CRITERIA if name not in HESSIAN]),
     "hessian": lambda bench: criteria(bench, HESSIAN),
     "search": search,

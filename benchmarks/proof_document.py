@@ -201,6 +201,40 @@ def cheaper_table(runs: Runs, net: str) -> str:
     return table(["policies", "passes", *(f"{b}: joint loss" for b in PREDICTED)], rows)
 
 
+def alone_table(runs: Runs, net: str) -> str:
+    """Step sizes and what the joint model loses when one layer alone is at few bits."""
+    rows = []
+    for (own, seed), lines in runs.items():
+        if own != net or "alone" not in lines:
+            continue
+        one = lines["alone"]
+        of = {(row["path"], row["bits"]): row for row in one["rows"]}
+        for path in dict.fromkeys(row["path"] for row in one["rows"]):
+            cells = [str(seed), of[path, 4]["kind"], path]
+            for bits in (4, 2):
+                row = of[path, bits]
+                cells += [
+                    f"{row['weight']:.4f}",
+                    f"{row['activation']:.3f}",
+                    f"{100 * (one['accuracy'] - row['accuracy']):.2f}",
+                ]
+            rows.append(cells)
+    columns = [
+        f"{what}, {bits} bits" for bits in (4, 2) for what in ("step size of w", "of a", "accuracy lost, points")
+    ]
+    return table(["seed", "kind", "layer", *columns], rows) if rows else ""
+
+
+def alone_correlation(runs: Runs, net: str, bits: int, kind: str) -> list[float]:
+    """Rank correlation, over the layers, of a step size with the rise of the loss; a number a seed."""
+
+    def one(lines):
+        rows = [row for row in lines.get("alone", {"rows": []})["rows"] if row["bits"] == bits]
+        return spearman([row[kind] for row in rows], [row["loss"] for row in rows]) if rows else None
+
+    return of_runs(runs, net, one)
+
+
 # ---- accuracy -----------------------------------------------------------------------------------------------------
 
 
@@ -243,8 +277,8 @@ def accuracy_table(runs: Runs, net: str, seeds: int = 3) -> str:
     rows = []
     own = {seed: lines for (of, seed), lines in runs.items() if of == net}
     best = [[best_uniform(lines, b) for lines in own.values()] for b in BUDGETS]
-    if all(lines.get("float") for lines in own.values()):
-        floats = [100 * lines["float"]["test_accuracy"] for lines in own.values()]
+    floats = [100 * lines["float"]["test_accuracy"] for lines in own.values() if "float" in lines]
+    if floats:
         rows.append([f"float, % ({len(floats)} seeds)", *[cell(floats)] * len(BUDGETS)])
     rows.append(
         [
@@ -272,10 +306,14 @@ def document(runs: Runs) -> str:
     for net in nets:
         values |= {
             f"prediction {net}": prediction_table(runs, net),
+            f"alone {net}": alone_table(runs, net),
             f"cheaper {net}": cheaper_table(runs, net),
             f"accuracy {net}": accuracy_table(runs, net, min(3, accuracy_seeds(runs, net))),
             f"seeds {net}": str(seeds[net]),
         }
+        for bits in (4, 2):
+            for kind in ("weight", "activation"):
+                values[f"alone {net} {bits} {kind}"] = cell(alone_correlation(runs, net, bits, kind))
         for budget in PREDICTED:
             losses = of_runs(runs, net, lambda lines, b=budget: float(np.ptp(lines[f"random {b}"]["loss"])))
             values[f"spread {net} {budget}"] = cell(losses)
@@ -285,7 +323,8 @@ def document(runs: Runs) -> str:
                     values[f"rho {net} {budget} {name} {word}"] = cell(correlations(runs, net, budget, name, after))
         for budget in BUDGETS:
             for name in CONTESTANTS:
-                values[f"gain {net} {budget} {name}"] = cell(differences(runs, net, budget, name), 2, 100, sign=True)
+                gains = differences(runs, net, budget, name, min(3, accuracy_seeds(runs, net)))
+                values[f"gain {net} {budget} {name}"] = cell(gains, 2, 100, sign=True)
     for name, value in values.items():
         template = template.replace("{{" + name + "}}", value or "not measured")
     if "{{" in template:
@@ -294,8 +333,11 @@ def document(runs: Runs) -> str:
 
 
 def accuracy_seeds(runs: Runs, net: str) -> int:
-    """How many seeds have a contestant fine-tuned beside the uniform policies."""
-    return sum(own == net and result(lines, "W3A3", "sampled") is not None for (own, _), lines in runs.items())
+    """How many seeds have a contestant fine-tuned beside the uniform policies, at both levels."""
+    return sum(
+        own == net and all(result(lines, b, "sampled") is not None for b in PREDICTED)
+        for (own, _), lines in runs.items()
+    )
 
 
 def figure(runs: Runs, path: Path) -> None:

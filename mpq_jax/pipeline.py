@@ -134,7 +134,7 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
         used={b.name: (costs.used(b, mixed, table), b.limit, b.unit) for b in budgets},
         accuracy=rows,
         grids=_grids(run.model, joint.row_variables(joint_state, 0, averaged=True) if joint_state else start, table),
-        depthwise_pairs=_depthwise_pairs(run.model),
+        depthwise_pairs=depthwise_pairs(run.model),
         provenance=_provenance(config, found_with, policy_path),
         **_indicators(workdir),
     )
@@ -243,7 +243,7 @@ def _grids(model: QuantizedModel, variables: Mapping[str, Any], table: Importanc
     return grids
 
 
-def _depthwise_pairs(model: QuantizedModel) -> list[tuple[str, str]]:
+def depthwise_pairs(model: QuantizedModel) -> list[tuple[str, str]]:
     """Each searched depthwise layer with the layer that follows it, as in the paper's figure 2."""
     kinds = {path: spec.kind for spec in model.specs.values() for path in spec.paths}
     searched = [layer.path for layer in model.layers if layer.searched]

@@ -1,5 +1,7 @@
 """Joint training: the summed loss, rows, optimizers, statistics, against things computed one by one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,16 +109,18 @@ def test_affine_per_row(net):
     state = joint.init_state(variables, SGD, 3, affine_per_row=True)
     assert set(state.rows["affine"]) == {"bn/scale", "bn/bias"}
     policies = uniform(quantized)
-    after, _ = joint.make_step(quantized, TASK, SGD)(state, BATCH, jax.random.key(0), policies)
+    after, _ = jax.jit(joint.make_step(quantized, TASK, SGD))(state, BATCH, jax.random.key(0), policies)
 
-    def loss(params, i):
+    @jax.jit
+    @jax.grad
+    def slope(params, policy):
         out, _ = quantized.apply(
-            {**variables, "params": params}, row_of(policies, i), BATCH["image"], train=True, mutable=["batch_stats"]
+            {**variables, "params": params}, policy, BATCH["image"], train=True, mutable=["batch_stats"]
         )
         return TASK.loss(out, BATCH)
 
     for i in range(3):
-        gradient = jax.grad(loss)(variables["params"], i)["bn"]["scale"]
+        gradient = slope(variables["params"], row_of(policies, i))["bn"]["scale"]
         expected = variables["params"]["bn"]["scale"] - 0.1 * gradient
         np.testing.assert_allclose(after.rows["affine"]["bn/scale"][i], expected, rtol=1e-3, atol=1e-6)
         np.testing.assert_allclose(
@@ -163,6 +167,7 @@ def test_error_term_in_numpy(net):
     policies = uniform(quantized)
     rows = joint.init_state(variables, SGD, 3).rows
 
+    @functools.partial(jax.jit, static_argnums=1)
     def total(params, weight):
         return joint.joint_loss(quantized, TASK, params, rows, policies, BATCH, error_weight=weight)[0]
 
@@ -198,7 +203,7 @@ def test_error_term_in_numpy(net):
             expected += error(w, float(layer["weight_step_size"][at[0]]), int(bits.w), True)
             expected += error(x[:1], float(layer["activation_step_size"][at[1]]), int(bits.a), spec.signed)
     np.testing.assert_allclose(difference, expected, rtol=1e-3)
-    gradient = jax.grad(lambda p: total(p, 2.0) - total(p, 0.0))(params)
+    gradient = jax.jit(jax.grad(lambda p: total(p, 2.0) - total(p, 0.0)))(params)
     assert float(jnp.abs(gradient["conv"]["weight_step_size"]).max()) > 0
     np.testing.assert_allclose(gradient["conv"]["kernel"], 0, atol=1e-5)
 
@@ -215,7 +220,7 @@ def test_the_first_steps_follow_the_error_alone(net):
     """Plain SGD's update is the gradient: of the error term at first, of both from `error_steps` on."""
     quantized, variables = net
     policies, optimizer = uniform(quantized), optax.sgd(1.0)
-    step = joint.make_step(quantized, TASK, optimizer, error_weight=2.0, error_steps=1)
+    step = jax.jit(joint.make_step(quantized, TASK, optimizer, error_weight=2.0, error_steps=1))
     state = joint.init_state(variables, optimizer, 3)
 
     def total(params, rows, task_weight):
@@ -227,7 +232,7 @@ def test_the_first_steps_follow_the_error_alone(net):
         return whole - joint.joint_loss(quantized, TASK, params, rows, policies, BATCH)[0]
 
     for expected in (errors, lambda params, rows: total(params, rows, 1.0)):
-        grads = jax.grad(expected)(state.params, state.rows)
+        grads = jax.jit(jax.grad(expected))(state.params, state.rows)
         new, _ = step(state, BATCH, jax.random.key(0), policies)
         for path, leaf in flax_seam.flatten(state.params).items():
             moved = np.asarray(leaf - flax_seam.flatten(new.params)[path])
@@ -283,7 +288,7 @@ def test_keep_positive_and_partition(net):
     huge = optax.chain(optax.sgd(1e6), optimizers.keep_positive())
     optimizer = optimizers.partition(quantized, optax.set_to_zero(), huge)
     state = joint.init_state(variables, optimizer, 3)
-    after, _ = joint.make_step(quantized, TASK, optimizer)(state, BATCH, jax.random.key(0), uniform(quantized))
+    after, _ = jax.jit(joint.make_step(quantized, TASK, optimizer))(state, BATCH, jax.random.key(0), uniform(quantized))
     before_flat, after_flat = flax_seam.flatten(state.params), flax_seam.flatten(after.params)
     for path, leaf in after_flat.items():
         if path.endswith("step_size"):
@@ -327,7 +332,9 @@ def test_golden_step(net):
     optimizer = optimizers.partition(quantized, optax.set_to_zero(), optimizers.log_space(optax.sgd(0.5)))
     state = joint.init_state(variables, optimizer, 4)
     key = jax.random.key(11)
-    after, metrics = joint.make_step(quantized, TASK, optimizer, random=1)(state, BATCH, key, uniform(quantized))
+    after, metrics = jax.jit(joint.make_step(quantized, TASK, optimizer, random=1))(
+        state, BATCH, key, uniform(quantized)
+    )
     drawn = np.asarray(metrics["assignment"])[0]
     searched = [layer.path for layer in quantized.layers if layer.searched]
     random_policy = {ly.path: ly.bits for ly in quantized.layers if ly.bits}
@@ -343,7 +350,7 @@ def test_golden_step(net):
         ]
         return sum(TASK.loss(out, BATCH) for out in outs)
 
-    gradient = jax.grad(total)(variables["params"])
+    gradient = jax.jit(jax.grad(total))(variables["params"])
     for layer in ("stem", "conv", "head"):
         for leaf in ("weight_step_size", "activation_step_size"):
             s = variables["params"][layer][leaf]

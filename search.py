@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpq_jax.config import Parser
+from mpq_jax.config import Parser, command
 from mpq_jax.criteria import CRITERIA
 from mpq_jax.files import check_out
 from mpq_jax.search import methods
@@ -354,18 +354,15 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 1 if result.over or result.broken else 0
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        arguments, rest = parse(argv)
-        if arguments.describe:
-            describe(arguments, rest)
-        elif arguments.check:
-            return check(arguments, rest)
-        else:
-            search(arguments, rest)
-    except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return 2
+    arguments, rest = parse(argv)
+    if arguments.describe:
+        describe(arguments, rest)
+    elif arguments.check:
+        return check(arguments, rest)
+    else:
+        search(arguments, rest)
     return 0
 
 

@@ -286,40 +286,37 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], li
     return arguments, overrides, settings
 
 
+@config_lib.command
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        arguments, overrides, settings = parse(argv)
-        systems = chosen_systems(arguments.systems)
-        for text in arguments.budget:
-            costs.check_text(text)
-        base = config_lib.load(arguments.config, overrides)
-        root = arguments.root or Path("runs/compare") / Path(arguments.config).stem
-        results = root / "results.jsonl"
-        known = {one["key"]: one for one in read_lines(results)}
-        shown = []
-        for seed in range(arguments.seeds):
-            config = dataclasses.replace(base, seed=seed)
-            bench = None
-            for system in systems:
-                key = key_of(config, arguments.budget, settings, system)
-                if key not in known:
-                    bench = bench or open_bench(config, root / f"seed{seed}", arguments.budget)
-                    print(f"seed {seed}: {system}", flush=True)
-                    known[key] = line(system, seed, key, bench, find(system, bench, settings))
-                    results.parent.mkdir(parents=True, exist_ok=True)
-                    with results.open("a") as file:
-                        file.write(json.dumps(known[key]) + "\n")
-                shown.append(known[key])
-        shown.sort(key=lambda one: SYSTEMS.index(one["system"]))
-        title = f"{base.model.name} on {base.data.name}, {', '.join(arguments.budget)}"
-        table = markdown(shown, title)
-        print(f"\n{table}")
-        if arguments.out:
-            write_text(arguments.out, table)
-            write_json(arguments.out.with_suffix(".json"), {"command": [*(argv or sys.argv[1:])], "lines": shown})
-    except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return 2
+    arguments, overrides, settings = parse(argv)
+    systems = chosen_systems(arguments.systems)
+    for text in arguments.budget:
+        costs.check_text(text)
+    base = config_lib.load(arguments.config, overrides)
+    root = arguments.root or Path("runs/compare") / Path(arguments.config).stem
+    results = root / "results.jsonl"
+    known = {one["key"]: one for one in read_lines(results)}
+    shown = []
+    for seed in range(arguments.seeds):
+        config = dataclasses.replace(base, seed=seed)
+        bench = None
+        for system in systems:
+            key = key_of(config, arguments.budget, settings, system)
+            if key not in known:
+                bench = bench or open_bench(config, root / f"seed{seed}", arguments.budget)
+                print(f"seed {seed}: {system}", flush=True)
+                known[key] = line(system, seed, key, bench, find(system, bench, settings))
+                results.parent.mkdir(parents=True, exist_ok=True)
+                with results.open("a") as file:
+                    file.write(json.dumps(known[key]) + "\n")
+            shown.append(known[key])
+    shown.sort(key=lambda one: SYSTEMS.index(one["system"]))
+    title = f"{base.model.name} on {base.data.name}, {', '.join(arguments.budget)}"
+    table = markdown(shown, title)
+    print(f"\n{table}")
+    if arguments.out:
+        write_text(arguments.out, table)
+        write_json(arguments.out.with_suffix(".json"), {"command": [*(argv or sys.argv[1:])], "lines": shown})
     return 0
 
 

@@ -45,7 +45,7 @@ from mpq_jax.criteria.coupling import coupled_pairs, searched_pairs
 from mpq_jax.criteria.learned import RowLog, load_rows
 from mpq_jax.search import methods, random_policies, run, solve
 from mpq_jax.search.others import fits, uniform_policies
-from mpq_jax.types import Bits, Budget, Importance, QuantizedModel, Refusal
+from mpq_jax.types import Bits, Budget, Importance, QuantizedModel
 
 NETS = {
     "digits": "configs/digits.py",
@@ -575,6 +575,7 @@ FUNCTIONS: Mapping[str, Callable[[Bench], None]] = {
 }
 
 
+@config_lib.command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = config_lib.Parser(prog="benchmarks.proof", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--net", required=True, choices=sorted(NETS))
@@ -586,21 +587,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.add_argument(f"--{field.name}", type=int, default=field.default)
     parser.add_argument("--budgets", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    try:
-        arguments, overrides = parser.parse_known_args(argv)
-        mine = [word for word in overrides if word[2:].partition(".")[0] in SEARCHES]
-        overrides = [word for word in overrides if word not in mine]
-        numbers = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings) if f.name != "search"}
-        settings = Settings(**numbers, search=(*Settings().search, *mine))
-        began = time.perf_counter()
-        bench = open_bench(arguments.net, arguments.seed, arguments.root, settings, overrides)
-        for name in FUNCTIONS:
-            if name in arguments.stages:
-                FUNCTIONS[name](bench)
-                print(f"{bench.net} seed {bench.seed}: {name}, {time.perf_counter() - began:.0f} s", flush=True)
-    except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return 2
+    arguments, overrides = parser.parse_known_args(argv)
+    mine = [word for word in overrides if word[2:].partition(".")[0] in SEARCHES]
+    overrides = [word for word in overrides if word not in mine]
+    numbers = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings) if f.name != "search"}
+    settings = Settings(**numbers, search=(*Settings().search, *mine))
+    began = time.perf_counter()
+    bench = open_bench(arguments.net, arguments.seed, arguments.root, settings, overrides)
+    for name in FUNCTIONS:
+        if name in arguments.stages:
+            FUNCTIONS[name](bench)
+            print(f"{bench.net} seed {bench.seed}: {name}, {time.perf_counter() - began:.0f} s", flush=True)
     return 0
 
 

@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import runpy
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -271,6 +273,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise Refusal(f"{message} ({self.prog} --help lists all options)")
+
+
+def command(function: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """A command's main(argv=None): a Refusal becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(function)
+    def main(argv: Sequence[str] | None = None) -> int:
+        try:
+            return function(argv)
+        except Refusal as refusal:
+            print(f"error: {refusal}", file=sys.stderr)
+            return 2
+
+    return main
 
 
 def add_help(parser: argparse.ArgumentParser, config: Config | None = None) -> None:

@@ -53,24 +53,21 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return known, rest
 
 
+@config_lib.command
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        arguments, overrides = parse(argv)
-        if arguments.evaluate is not None:
-            if overrides and not all(word.startswith("--data.") or not word.startswith("--") for word in overrides):
-                raise Refusal("with --evaluate the config is the file's own; only --data options can be given")
-            from mpq_jax.export.command import evaluate
+    arguments, overrides = parse(argv)
+    if arguments.evaluate is not None:
+        if overrides and not all(word.startswith("--data.") or not word.startswith("--") for word in overrides):
+            raise Refusal("with --evaluate the config is the file's own; only --data options can be given")
+        from mpq_jax.export.command import evaluate
 
-            evaluate(arguments.evaluate, overrides, arguments.check)
-        else:
-            config = config_lib.override(workdir.load_config(arguments.workdir), overrides)
-            workdir.check_policy(arguments.workdir, arguments.policy, config.finetune.start)
-            from mpq_jax.export.command import write
+        evaluate(arguments.evaluate, overrides, arguments.check)
+    else:
+        config = config_lib.override(workdir.load_config(arguments.workdir), overrides)
+        workdir.check_policy(arguments.workdir, arguments.policy, config.finetune.start)
+        from mpq_jax.export.command import write
 
-            write(config, arguments)
-    except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return 2
+        write(config, arguments)
     return 0
 
 

@@ -308,7 +308,7 @@ def document(runs: Runs) -> str:
             f"prediction {net}": prediction_table(runs, net),
             f"alone {net}": alone_table(runs, net),
             f"cheaper {net}": cheaper_table(runs, net),
-            f"accuracy {net}": accuracy_table(runs, net, min(3, accuracy_seeds(runs, net))),
+            f"accuracy {net}": accuracy_table(runs, net, 3 if accuracy_seeds(runs, net) >= 3 else 1),
             f"seeds {net}": str(seeds[net]),
         }
         for bits in (4, 2):
@@ -323,7 +323,9 @@ def document(runs: Runs) -> str:
                     values[f"rho {net} {budget} {name} {word}"] = cell(correlations(runs, net, budget, name, after))
         for budget in BUDGETS:
             for name in CONTESTANTS:
-                gains = differences(runs, net, budget, name, min(3, accuracy_seeds(runs, net)))
+                gains = differences(runs, net, budget, name, min(3, accuracy_seeds(runs, net))) or differences(
+                    runs, net, budget, name, 1
+                )
                 values[f"gain {net} {budget} {name}"] = cell(gains, 2, 100, sign=True)
     for name, value in values.items():
         template = template.replace("{{" + name + "}}", value or "not measured")

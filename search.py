@@ -155,7 +155,8 @@ def importance_path(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     if arguments.criterion is not None:
         from mpq_jax.criteria import files as criteria
 
-        return criteria.ensure(workdir, arguments.criterion, [*near(arguments), *overrides])
+        near = criteria.near(arguments.criterion, arguments.budget)
+        return criteria.ensure(workdir, arguments.criterion, [*near, *overrides])
     path = workdir / "importance.json"
     if not path.exists():
         raise Refusal(
@@ -208,12 +209,6 @@ def parse_budgets(arguments: argparse.Namespace, importance, texts: Sequence[str
     return costs.parse_budgets(
         texts, importance.layers, importance.bit_widths, importance.activation_bit_widths, latency
     )
-
-
-def near(arguments: argparse.Namespace) -> list[str]:
-    """What a criterion that draws policies near the budgets is told of them; a latency's table it does not have."""
-    texts = [text for text in arguments.budget if not text.startswith("latency")]
-    return ["--criteria.near", ";".join(texts)] if arguments.criterion == "sampled" and texts else []
 
 
 def import_limpq(arguments: argparse.Namespace, overrides: Sequence[str]) -> Path:

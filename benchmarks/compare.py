@@ -130,7 +130,7 @@ def find(system: str, bench: Bench, settings: Sequence[str]) -> Found:
 def by_criterion(name: str, bench: Bench) -> Found:
     """A criterion's table, then the integer program."""
     path, began = files.path_of(bench.workdir, name), time.perf_counter()
-    files.ensure(bench.workdir, name)
+    files.ensure(bench.workdir, name, files.near(name, [budget.text for budget in bench.budgets]))
     computing = time.perf_counter() - began
     table, _ = importance.repair(importance.load_importance(path))
     began = time.perf_counter()

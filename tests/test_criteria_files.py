@@ -226,3 +226,14 @@ def test_config_round_trip():
     assert from_json(older).criteria == Criteria()
     with pytest.raises(KeyError):
         from_json({"joint": {"stepz": 3}})
+
+
+def test_policies_are_drawn_near_the_budgets_asked_for(place, capsys):
+    assert files.near("sampled", ["bitops=W3A3", "latency=3ms", "size=W4"]) == [
+        "--criteria.near",
+        "bitops=W3A3;size=W4",
+    ]
+    assert files.near("sampled", ["latency=3ms"]) == files.near("hawq", ["bitops=W3A3"]) == []
+    assert wanted(place, "joint", "sampled") == 0
+    about = json.loads((place / "joint" / "importance_sampled.json").read_text())["about"]
+    assert about["made_from"]["criteria"]["near"] == ["bitops=W3A3"] and "bitops=W3A3" in about["notes"][0]

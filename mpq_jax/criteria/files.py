@@ -35,6 +35,12 @@ def config_of(workdir: Path, overrides: Sequence[str] = ()) -> Config:
     return config_lib.override(config, overrides)
 
 
+def near(name: str, budgets: Sequence[str]) -> list[str]:
+    """What a criterion that draws policies near the budgets is told of them; a latency's table it does not have."""
+    texts = [text for text in budgets if not text.startswith("latency")]
+    return ["--criteria.near", ";".join(texts)] if "near" in find(name).settings and texts else []
+
+
 def ensure(workdir: Path, name: str, overrides: Sequence[str] = ()) -> Path:
     """The criterion's file, computed if it is not there or is of other settings; only then is JAX imported.
 

@@ -141,7 +141,9 @@ def made_from(workdir: Path, name: str, config: Config) -> dict[str, Any]:
         files.append(rows_file(workdir))
     if "indicators" in criterion.needs or result["criteria"].get("step_sizes") == "joint":
         files.append(workdir / "importance.json")
-    result["files"] = {"/".join(file.parts[len(workdir.parts) :]) or file.name: _digest(file) for file in files}
+    # By their places in the run: the checkpoints of two stages have one name.
+    inside = (file.relative_to(workdir) if file.is_relative_to(workdir) else Path(file.name) for file in files)
+    result["files"] = {place.as_posix(): _digest(file) for place, file in zip(inside, files, strict=True)}
     return result
 
 

@@ -1,69 +1,8 @@
-"""Trains: float, then joint; with --policy, fine-tunes and reports. `python train.py --help` lists every option.
+"""Float training, joint training and fine-tuning from a checkout: `python train.py --help`. Installed it is `mpq-train`."""
 
-python train.py --config configs/digits.py --workdir runs/digits
-python search.py --workdir runs/digits --budget bitops=W3A3
-python train.py --config configs/digits.py --workdir runs/digits --policy runs/digits/policy.json
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from mpq_jax import config as config_lib
-from mpq_jax import workdir
-from mpq_jax.types import Refusal
-
-
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Config]:
-    """Arguments and config; refuses what can be refused before anything heavy is imported."""
-    parser = config_lib.Parser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="a config file, e.g. configs/digits.py")
-    parser.add_argument("--workdir", help="where the run is kept; default: runs/<name of the config>")
-    parser.add_argument("--policy", help="fine-tune with this policy.json (from search.py) and report")
-    parser.add_argument("--float-only", action="store_true", help="stop after float training: enough for most criteria")
-    parser.add_argument("--quantizer", help="short for --quantize.quantizer: lsq, pact, qil or lq_nets")
-    config_lib.add_help(parser)
-    known, rest = parser.parse_known_args(argv)
-    own = ("--config", "--workdir", "--policy", "--float-only", "--quantizer")
-    config_lib.refuse_misspelt(rest, own, parser.prog)
-    if known.quantizer is not None:
-        rest = [*rest, "--quantize.quantizer", known.quantizer]
-    config = config_lib.load(known.config, rest)
-    if known.float_only and known.policy:
-        raise Refusal("--float-only stops before what --policy does; give one of them")
-    known.workdir = Path(known.workdir or Path("runs") / Path(known.config).stem)
-    return known, config
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    claimed = False
-    try:
-        arguments, config = parse(argv)
-        claimed = workdir.claim(arguments.workdir, config, finetuning=arguments.policy is not None)
-        if arguments.float_only:
-            from mpq_jax.pipeline import learn_float
-
-            learn_float(config, arguments.workdir)
-        elif arguments.policy is None:
-            from mpq_jax.pipeline import learn
-
-            learn(config, arguments.workdir)
-        else:
-            workdir.check_policy(arguments.workdir, arguments.policy, config.finetune.start)
-            from mpq_jax.pipeline import finish
-
-            finish(config, arguments.workdir, Path(arguments.policy))
-    except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        if claimed:
-            workdir.release(arguments.workdir)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
-
+from mpq_jax.commands.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

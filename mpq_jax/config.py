@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -172,11 +173,10 @@ PAPER_FINETUNE = Finetune(
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The `config` that a config file defines, with command-line overrides (["--joint.steps", "100"]).
 
+    path: a file, or the name of one that comes with the package, such as `digits`.
     Raises Refusal for a file that is missing or defines none, and for unknown or ill-typed overrides.
     """
-    if not Path(path).is_file():
-        near = sorted(str(p) for p in Path("configs").glob("*.py"))
-        raise Refusal(f"config {path} does not exist; there are: {', '.join(near) or 'none in configs/'}")
+    path = find(path)
     try:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:
@@ -184,6 +184,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(config, Config):
         raise Refusal(f"config {path} must define `config = Config(...)` (from mpq_jax.config import Config)")
     return override(config, overrides)
+
+
+def find(path: str | Path) -> Path:
+    """The config file at `path`, or the one of that name which comes with the package. Raises Refusal for neither."""
+    if Path(path).is_file():
+        return Path(path)
+    # In a wheel they lie in the package, in a checkout beside it.
+    here = Path(__file__).parent
+    folder = next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), here / "configs")
+    there = {file.stem: file for file in sorted(folder.glob("*.py"))}
+    if str(path) not in there:
+        names = ", ".join(there)
+        raise Refusal(f"config {path} does not exist; name a file, or one of those that come with mpq_jax: {names}")
+    return there[str(path)]
 
 
 def options(config: Config) -> dict[str, tuple[Any, Any]]:
@@ -269,10 +283,24 @@ def _text(value: Any) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line: it raises Refusal in place of printing the usage."""
+    """argparse, but a mistake is one line: it raises Refusal in place of printing the usage. No abbreviations."""
+
+    def __init__(self, program: str, description: str | None):
+        """program: as in a checkout, e.g. "search.py". description: its first line is shown."""
+        first = (description or "").partition("\n")[0]
+        super().__init__(prog=as_typed(program), description=as_typed(first), allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise Refusal(f"{message} ({self.prog} --help lists all options)")
+
+
+def as_typed(text: str) -> str:
+    """`text` with the commands under the names that they have here: where an installed one runs (mpq-search), mpq-train
+    for `python train.py`, mpq-search for `python search.py`, mpq-export for `python -m mpq_jax.export`, and so on."""
+    if not Path(sys.argv[0]).name.startswith("mpq-"):
+        return text
+    text = re.sub(r"(?:python +)?\b(train|search)\.py", r"mpq-\1", text)
+    return re.sub(r"python -m mpq_jax\.(export|latency)", r"mpq-\1", text)
 
 
 def command(function: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
@@ -283,7 +311,7 @@ def command(function: Callable[[Sequence[str] | None], int]) -> Callable[..., in
         try:
             return function(argv)
         except Refusal as refusal:
-            print(f"error: {refusal}", file=sys.stderr)
+            print(f"error: {as_typed(str(refusal))}", file=sys.stderr)
             return 2
 
     return main

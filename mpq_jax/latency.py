@@ -230,9 +230,7 @@ def _processor() -> str:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Config]:
     """Arguments and config; refuses what can be refused before JAX is imported."""
-    parser = config_lib.Parser(
-        prog="python -m mpq_jax.latency", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = config_lib.Parser("python -m mpq_jax.latency", __doc__)
     add = parser.add_argument
     add("--config", required=True, type=Path, help="a config file, e.g. configs/digits.py")
     add("--out", required=True, type=Path, help="where the table is written, e.g. latency.json")

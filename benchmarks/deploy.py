@@ -35,7 +35,7 @@ def made(seed: int = 0):
     import jax
 
     from mpq_jax import models, policy
-    from mpq_jax.quantize import quantize
+    from mpq_jax.quantized_model import quantize
     from mpq_jax.types import Bits
 
     net = models.create("resnet8", 10)

@@ -20,7 +20,7 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mpq_jax import joint, models, optimizers
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 
 
 def timed(function, *arguments) -> float:

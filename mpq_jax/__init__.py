@@ -4,27 +4,135 @@ The public names, loaded on first use: search, costs and policies never import J
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names for type checkers; a test compares the two lists
+    from mpq_jax.config import Config
+    from mpq_jax.costs import bitops, parse_budgets, size
+    from mpq_jax.criteria.learned import learned
+    from mpq_jax.importance import load_importance, save_importance
+    from mpq_jax.joint import (
+        Distill,
+        Task,
+        TrainState,
+        classification,
+        init_state,
+        joint_loss,
+        make_batch_statistics,
+        make_evaluate,
+        make_step,
+        random_rows,
+        row_variables,
+        uniform_rows,
+    )
+    from mpq_jax.optimizers import log_space, partition
+    from mpq_jax.policy import load_policy, save_policy, stack, uniform
+    from mpq_jax.quantized_model import quantize
+    from mpq_jax.quantizers import lq_nets, lsq, pact, qil
+    from mpq_jax.search import best_uniform, random_policies, solve
+    from mpq_jax.types import (
+        Bits,
+        Budget,
+        Importance,
+        Interaction,
+        Layer,
+        Policy,
+        QuantizedModel,
+        Quantizer,
+        Refusal,
+        Solution,
+    )
 
 _HOME = {
-    "Bits": "types",
-    "Budget": "types",
-    "Importance": "types",
-    "Interaction": "types",
-    "Layer": "types",
-    "Policy": "types",
-    "Quantizer": "types",
-    "QuantizedModel": "types",
-    "Refusal": "types",
-    "Solution": "types",
+    "config": ("Config",),
+    "costs": ("bitops", "parse_budgets", "size"),
+    "criteria.learned": ("learned",),
+    "importance": ("load_importance", "save_importance"),
+    "joint": (
+        "Distill",
+        "Task",
+        "TrainState",
+        "classification",
+        "init_state",
+        "joint_loss",
+        "make_batch_statistics",
+        "make_evaluate",
+        "make_step",
+        "random_rows",
+        "row_variables",
+        "uniform_rows",
+    ),
+    "optimizers": ("log_space", "partition"),
+    "policy": ("load_policy", "save_policy", "stack", "uniform"),
+    "quantized_model": ("quantize",),
+    "quantizers": ("lq_nets", "lsq", "pact", "qil"),
+    "search": ("best_uniform", "random_policies", "solve"),
+    "types": (
+        "Bits",
+        "Budget",
+        "Importance",
+        "Interaction",
+        "Layer",
+        "Policy",
+        "QuantizedModel",
+        "Quantizer",
+        "Refusal",
+        "Solution",
+    ),
 }
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
 __version__ = "0.1.0"
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "Bits",
+    "Budget",
+    "Config",
+    "Distill",
+    "Importance",
+    "Interaction",
+    "Layer",
+    "Policy",
+    "QuantizedModel",
+    "Quantizer",
+    "Refusal",
+    "Solution",
+    "Task",
+    "TrainState",
+    "__version__",
+    "best_uniform",
+    "bitops",
+    "classification",
+    "init_state",
+    "joint_loss",
+    "learned",
+    "load_importance",
+    "load_policy",
+    "log_space",
+    "lq_nets",
+    "lsq",
+    "make_batch_statistics",
+    "make_evaluate",
+    "make_step",
+    "pact",
+    "parse_budgets",
+    "partition",
+    "qil",
+    "quantize",
+    "random_policies",
+    "random_rows",
+    "row_variables",
+    "save_importance",
+    "save_policy",
+    "size",
+    "solve",
+    "stack",
+    "uniform",
+    "uniform_rows",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"mpq_jax.{_HOME[name]}"), name)
+    if name in _MODULE:
+        return getattr(importlib.import_module(f"mpq_jax.{_MODULE[name]}"), name)
     raise AttributeError(f"module 'mpq_jax' has no attribute {name!r}")
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mpq_jax import models
 from mpq_jax.config import Config, Quantize
 from mpq_jax.pretrained import load_safetensors, torch_names
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 from mpq_jax.quantizers import QUANTIZERS
 from mpq_jax.quantizers.starts import STARTS
 from mpq_jax.rules import Rules, parse_value

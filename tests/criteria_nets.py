@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax
 
 from mpq_jax import Bits, joint
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 from mpq_jax.rules import Candidates
 
 KEY = jax.random.key(0, impl="rbg")

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 from mpq_jax.quantizers import lq_nets, lsq, pact, qil
 from mpq_jax.types import Bits, Policy, QuantizedModel
 

@@ -10,7 +10,7 @@ from mpq_jax import Bits, Refusal, build, costs
 from mpq_jax import config as config_lib
 from mpq_jax.criteria.learned import learned
 from mpq_jax.importance import combined
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 from mpq_jax.search import solve
 
 # Model: searched layers, their GMACs, G BitOps at W2A2 W3A3 W3A4 W4A4 W8A8 (first and last layer at 8 bits), weights,

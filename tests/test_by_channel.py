@@ -12,7 +12,7 @@ from tables import budgets_of, made
 
 from mpq_jax import Bits, Layer, Refusal, Solution, costs, flax_seam, joint, ops, policy
 from mpq_jax.importance import load_importance, save_importance
-from mpq_jax.quantize import learned_leaves, quantize
+from mpq_jax.quantized_model import learned_leaves, quantize
 from mpq_jax.quantizers import lsq
 from mpq_jax.report.tables import bits_text
 

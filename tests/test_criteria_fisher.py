@@ -31,7 +31,7 @@ from mpq_jax.criteria.compute import measure
 from mpq_jax.criteria.mpqco import mpqco
 from mpq_jax.criteria.one_at_a_time import one_at_a_time
 from mpq_jax.criteria.output_fisher import output_fisher
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 
 DATA = batches()
 IMAGE, LABEL = (np.concatenate([batch[key] for batch in DATA]) for key in ("image", "label"))

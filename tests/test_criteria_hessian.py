@@ -21,7 +21,7 @@ from flax import linen as nn
 
 from mpq_jax import Refusal
 from mpq_jax.criteria import hawq, hawq_v2, hessian, sites
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 
 DATA = batches()
 RNG = np.random.default_rng(3)

@@ -14,7 +14,7 @@ from mpq_jax.criteria import controls, regression
 from mpq_jax.criteria.coupling import Pair, coupled_pairs, searched_pairs
 from mpq_jax.criteria.learned import RowLog, fit_alpha
 from mpq_jax.importance import combined, total
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 
 WIDTHS, ACTIVATIONS = (2, 3, 4, 6), (2, 4, 8)
 LAYERS = (

@@ -12,7 +12,7 @@ from mpq_jax import Bits, Refusal, costs, joint
 from mpq_jax.criteria import sampled
 from mpq_jax.criteria.compute import measure
 from mpq_jax.importance import total
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 
 
 class Normed(nn.Module):

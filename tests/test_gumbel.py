@@ -10,7 +10,7 @@ from measured import Known, log_without_seconds
 from tables import budgets_of, cost_by_hand, every_policy, made
 
 from mpq_jax import Bits, Importance, flax_seam, joint
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 from mpq_jax.search import edmips, gumbel, likely, supernet
 from mpq_jax.search.journal import Journal
 from mpq_jax.search.methods import Edmips, Gumbel

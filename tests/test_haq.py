@@ -13,7 +13,7 @@ from scipy import stats
 from tables import budgets_of, cost_by_hand, made
 
 from mpq_jax import Bits
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 from mpq_jax.search import ddpg, features, haq
 from mpq_jax.search.journal import Ended, Journal
 from mpq_jax.search.methods import Haq

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from mpq_jax import Bits, Layer, Refusal, flax_seam, joint, optimizers
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 
 
 class Net(nn.Module):
@@ -188,7 +188,7 @@ def test_error_term_in_numpy(net):
         out = real(call, lhs, rhs, value)
         return out
 
-    from mpq_jax import quantize as module
+    from mpq_jax import quantized_model as module
 
     for i in range(3):
         seen.clear()
@@ -312,7 +312,7 @@ def test_batch_statistics_are_the_batches_own(net):
         seen[call.leaf] = np.asarray(out, np.float64)
         return out, tap
 
-    from mpq_jax import quantize as module
+    from mpq_jax import quantized_model as module
 
     for i in range(3):
         real = module._quantizing(quantized.specs, quantized.quantizer, "plain", ())

@@ -18,7 +18,7 @@ import search
 from mpq_jax import Bits, Importance, Layer, Refusal, costs, latency, products
 from mpq_jax.importance import save_importance
 from mpq_jax.products import KERNELS, Kernel, Measured, Product, Use
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 from mpq_jax.search import solve
 
 INT4, INT8, BFLOAT16, FLOAT32 = KERNELS

@@ -18,7 +18,7 @@ from mpq_jax import Bits, Refusal
 from mpq_jax.export import litert
 from mpq_jax.export.coded import coded
 from mpq_jax.export.stablehlo import make_program
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 from mpq_jax.quantizers import lsq, pact, qil
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("litert_converter", "ai_edge_litert"))

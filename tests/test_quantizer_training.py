@@ -20,7 +20,7 @@ from mpq_jax.criteria.learned import learned
 from mpq_jax.numerics import decode
 from mpq_jax.operands import with_state
 from mpq_jax.pipeline import _grids
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 from mpq_jax.quantizers import QUANTIZERS, lq_nets, lsq, pact
 from mpq_jax.report.figures import code_counts
 from mpq_jax.types import Importance

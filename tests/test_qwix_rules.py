@@ -10,7 +10,7 @@ from made_models import dense
 
 from mpq_jax import Bits, Refusal, flax_seam, models, policy
 from mpq_jax.export.qwix_rules import device_widths, qwix_model, qwix_rules
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 
 WIDTHS = (2, 4, 8)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 1)), jnp.float32)

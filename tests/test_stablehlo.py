@@ -11,7 +11,7 @@ from made_models import dense
 from mpq_jax import Bits, Refusal, flax_seam
 from mpq_jax.export import stablehlo
 from mpq_jax.export.coded import Weight, coded, pack, unpacked
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 from mpq_jax.quantizers import lq_nets, lsq, pact, qil
 
 WIDTHS = (2, 3, 4, 6)

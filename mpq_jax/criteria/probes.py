@@ -17,7 +17,7 @@ from mpq_jax.criteria import Measured, sites
 from mpq_jax.joint import Batch, Task
 from mpq_jax.numerics import wide
 from mpq_jax.operands import grids
-from mpq_jax.quantize import learned_leaves
+from mpq_jax.quantized_model import learned_leaves
 from mpq_jax.types import QuantizedModel
 
 # (dL/dY, dY_b) -> []

@@ -13,7 +13,7 @@ from mpq_jax.joint import Batch, Task
 from mpq_jax.layers import LayerSpec
 from mpq_jax.numerics import wide
 from mpq_jax.operands import grids
-from mpq_jax.quantize import learned_leaves
+from mpq_jax.quantized_model import learned_leaves
 from mpq_jax.types import Importance, QuantizedModel, Refusal
 
 KINDS = ("weight", "activation")

@@ -16,7 +16,7 @@ from mpq_jax.interpret import Call
 from mpq_jax.mixture import one_hot
 from mpq_jax.numerics import decode
 from mpq_jax.operands import Operand, operand_of
-from mpq_jax.quantize import layer_values
+from mpq_jax.quantized_model import layer_values
 from mpq_jax.types import Bits, Decoding, Policy, QuantizedModel
 
 CONTAINERS = (2, 4, 8, 16)  # bits that a code is held in

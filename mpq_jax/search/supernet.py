@@ -17,7 +17,7 @@ from mpq_jax.interpret import Call
 from mpq_jax.joint import Task
 from mpq_jax.layers import LayerSpec
 from mpq_jax.mixture import mixture, on_grid
-from mpq_jax.quantize import learned_leaves
+from mpq_jax.quantized_model import learned_leaves
 from mpq_jax.search.methods import Supernet
 from mpq_jax.search.problem import Problem
 from mpq_jax.types import QuantizedModel

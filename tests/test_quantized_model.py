@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax import nnx
 
 from mpq_jax import Bits, Refusal, flax_seam
-from mpq_jax.quantize import quantize
+from mpq_jax.quantized_model import quantize
 from mpq_jax.quantizers import lsq
 from mpq_jax.rules import Candidates
 

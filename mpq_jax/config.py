@@ -133,6 +133,13 @@ class Criteria:
 
 
 @dataclasses.dataclass(frozen=True)
+class Logs:
+    tensorboard: bool = False  # also to WORKDIR/tensorboard; needs tensorboardX
+    wandb: str = ""  # also to Weights & Biases, as a run of this project; needs wandb
+    profile: int = 0  # steps of each stage that are traced, to WORKDIR/profile; train.py --profile: 10
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = 0
     data: Data = Data()
@@ -143,11 +150,12 @@ class Config:
     search: Search = Search()
     finetune: Finetune = Finetune()
     criteria: Criteria = Criteria()
+    logs: Logs = Logs()
     eval_batch_size: int = 500
     statistics_batches: int = 50  # training batches that normalisation statistics are re-estimated on; too few miss
     # what a channel that is almost always dead does when it is not
     checkpoint_every: int = 200  # steps
-    log_every: int = 20  # steps
+    log_every: int = 20  # steps between lines of log.jsonl
 
 
 # The paper's own recipe, as read in its public code (Tang et al. 2022); epochs and batch size are each experiment's.

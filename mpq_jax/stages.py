@@ -4,6 +4,7 @@ A stage writes checkpoints under <workdir>/<stage>/ and nothing else that a late
 random_rows.npz and the importance.json made from it.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpq_jax import build, checkpoint, data, joint, optimizers
+from mpq_jax import build, checkpoint, data, joint, logs, optimizers
 from mpq_jax.config import Config, Finetune, Joint, Pretrain
 from mpq_jax.criteria.learned import RowLog
 from mpq_jax.files import whole
@@ -24,7 +25,10 @@ from mpq_jax.workdir import latest_step
 
 
 class Run(NamedTuple):
-    """What every stage needs. statistics, evaluate: joint's functions of those names, compiled once for all policies."""
+    """What every stage needs.
+
+    statistics, evaluate: joint's functions of those names, compiled once for all policies. sinks: of the logs.
+    """
 
     config: Config
     workdir: Path
@@ -33,10 +37,12 @@ class Run(NamedTuple):
     variables: Mapping[str, Any]
     statistics: Callable[..., Any]
     evaluate: Callable[..., Any]
+    sinks: tuple[logs.Sink, ...]
 
 
 def open_run(config: Config, workdir: Path) -> Run:
     """Opens the data set and builds the model. Raises Refusal for whatever is missing."""
+    sinks = logs.sinks(config, workdir)
     dataset = data.open_dataset(
         config.data.name,
         data_dir=config.data.data_dir or None,
@@ -56,6 +62,7 @@ def open_run(config: Config, workdir: Path) -> Run:
         variables,
         statistics=jax.jit(joint.make_batch_statistics(model, task, dropout=_is_linen(model))),
         evaluate=jax.jit(joint.make_evaluate(model, task)),
+        sinks=sinks,
     )
 
 
@@ -67,14 +74,6 @@ def _is_linen(model: QuantizedModel) -> bool:
 # ---- the loop all stages share ------------------------------------------------------------------------------------
 
 
-class Recorder(NamedTuple):
-    """What a stage keeps beside its checkpoints: load(step) drops what a resumed run will do again; add; flush."""
-
-    load: Callable[[int], None]
-    add: Callable[[int, Mapping[str, np.ndarray]], None]
-    flush: Callable[[], None]
-
-
 def train(
     run: Run,
     stage: str,
@@ -84,7 +83,7 @@ def train(
     batches: Callable[[int], Iterable[Any]],
     row_names: list[str],
     fixed: Mapping[str, Bits] | None = None,
-    recorder: Recorder | None = None,
+    recorder: logs.Recorder | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Any:
     """Runs a compiled `step` until `steps`, from the newest checkpoint of the stage if there is one. -> state
@@ -102,25 +101,37 @@ def train(
     with checkpoint.manager(directory) as manager:
         found = checkpoint.restore(manager, state)
         first, state = found if found else (0, state)
-        if recorder:
-            recorder.load(first)
+        log = logs.recorder(stage, directory, row_names, config.log_every, run.sinks)
+        recorders = [log, *([recorder] if recorder else [])]
         if first >= steps or stop():
+            # Nothing is left to do, and nothing to drop; what was recorded may be asked for.
+            if recorder:
+                recorder.load(first)
             return state
+        for each in recorders:
+            each.load(first)
         pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         stream = iter(batches(first))
-        with progress(range(first, steps), total=steps - first, label=stage.partition("/")[0]) as bar:
+        todo = logs.traced(
+            range(first, steps),
+            config.logs.profile,
+            run.workdir / "profile" / stage,
+            settle=lambda: jax.block_until_ready(state),
+        )
+        bar_of = progress(todo, total=steps - first, label=stage.partition("/")[0])
+        with contextlib.closing(log), contextlib.closing(todo), bar_of as bar:
             for i in bar:
                 state, metrics = step(state, next(stream), key, fixed)
                 pending.append((i, metrics))
                 last = i + 1 == steps or stop()
                 due = last or (i + 1) % config.checkpoint_every == 0
                 if due or (i + 1) % config.log_every == 0:
-                    latest = _settle(pending, row_names, stage, directory, recorder)
+                    latest = _settle(pending, row_names, stage, directory, recorders)
                     bar.note(_summary(row_names, latest))
                     pending = []
                 if due:
-                    if recorder:
-                        recorder.flush()
+                    for each in recorders:
+                        each.flush()
                     checkpoint.save(manager, i + 1, state)
                 if last:
                     break
@@ -132,7 +143,7 @@ def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(step, donate_argnums=0)
 
 
-def _settle(pending, row_names, stage: str, directory: Path, recorder: Recorder | None) -> np.ndarray:
+def _settle(pending, row_names, stage: str, directory: Path, recorders: list[logs.Recorder]) -> np.ndarray:
     """Fetches the metrics of the steps since the last look; refuses losses that are not finite. -> mean losses [P]"""
     losses = []
     for i, metrics in pending:
@@ -145,8 +156,8 @@ def _settle(pending, row_names, stage: str, directory: Path, recorder: Recorder 
                 f"the loss of row {row} is not finite at step {i} of {stage}; the last good checkpoint is "
                 f"kept in {directory}; lower the learning rate (--{option}.learning_rate) and start again"
             )
-        if recorder:
-            recorder.add(i, fetched)
+        for each in recorders:
+            each.add(i, fetched)
     return np.mean(losses, axis=0)
 
 
@@ -257,7 +268,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
         run.workdir / "joint" / "random_rows.npz", len(widths), [ly.path for ly in model.layers if ly.searched]
     )
     batches = _train_batches(run, settings.batch_size, "joint")
-    recorder = Recorder(log.load, log.add, log.flush) if settings.random_rows else None
+    recorder = logs.Recorder(log.load, log.add, log.flush) if settings.random_rows else None
     state = train(run, "joint", state, compile_step(step), steps, batches, names, uniform, recorder)
     return state, log.log()
 

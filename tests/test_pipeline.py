@@ -8,7 +8,7 @@ import pytest
 
 import search
 import train
-from mpq_jax import stages
+from mpq_jax import logs, stages
 from mpq_jax.criteria.learned import RowLog, fit_alpha
 from mpq_jax.importance import load_importance
 from mpq_jax.types import Importance, Layer
@@ -62,11 +62,15 @@ def test_interrupted_and_resumed_is_the_same(place, monkeypatch):
     assert train.main(arguments(place, "stopped")) == 0
     for name in ("importance.json", "indicators.json"):
         assert (place / "stopped" / name).read_bytes() == (place / "run" / name).read_bytes()
-    logs = [np.load(place / run / "joint" / "random_rows.npz") for run in ("run", "stopped")]
-    for key in logs[0].files:
-        np.testing.assert_array_equal(logs[0][key], logs[1][key])
-    assert logs[0]["step"].tolist() == [0, 1, 2, 3, 4, 5] and logs[0]["assignment"].shape == (6, 2, 2)
-    assert set(np.unique(logs[0]["assignment"])) <= {2, 3, 4}
+    for stage in ("pretrain", "joint"):
+        lines = [logs.read(place / run / stage / "log.jsonl") for run in ("run", "stopped")]
+        assert [line["step"] for line in lines[0]] == {"pretrain": [2, 4, 6, 8], "joint": [2, 4, 6]}[stage]
+        assert [{**line, "seconds": 0} for line in lines[0]] == [{**line, "seconds": 0} for line in lines[1]]
+    rows = [np.load(place / run / "joint" / "random_rows.npz") for run in ("run", "stopped")]
+    for key in rows[0].files:
+        np.testing.assert_array_equal(rows[0][key], rows[1][key])
+    assert rows[0]["step"].tolist() == [0, 1, 2, 3, 4, 5] and rows[0]["assignment"].shape == (6, 2, 2)
+    assert set(np.unique(rows[0]["assignment"])) <= {2, 3, 4}
 
 
 def test_search_and_finetune(place, capsys):

@@ -22,13 +22,22 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Co
     parser.add_argument("--workdir", help="where the run is kept; default: runs/<name of the config>")
     parser.add_argument("--policy", help="fine-tune with this policy.json (from search.py) and report")
     parser.add_argument("--float-only", action="store_true", help="stop after float training: enough for most criteria")
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const="10",
+        metavar="STEPS",
+        help="trace STEPS steps (10) of each stage, to WORKDIR/profile",
+    )
     parser.add_argument("--quantizer", help="short for --quantize.quantizer: lsq, pact, qil or lq_nets")
     config_lib.add_help(parser)
     known, rest = parser.parse_known_args(argv)
-    own = ("--config", "--workdir", "--policy", "--float-only", "--quantizer")
+    own = ("--config", "--workdir", "--policy", "--float-only", "--profile", "--quantizer")
     config_lib.refuse_misspelt(rest, own, parser.prog)
     if known.quantizer is not None:
         rest = [*rest, "--quantize.quantizer", known.quantizer]
+    if known.profile is not None:
+        rest = [*rest, "--logs.profile", known.profile]
     config = config_lib.load(known.config, rest)
     if known.float_only and known.policy:
         raise Refusal("--float-only stops before what --policy does; give one of them")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpq_jax import costs, data, joint, optimizers, stages
+from mpq_jax import costs, data, joint, logs, optimizers, stages
 from mpq_jax.data.opening import Split
 from mpq_jax.files import write_text
 from mpq_jax.search import edmips, supernet
@@ -128,7 +128,7 @@ def search(method: str, problem: Problem, journal: Journal, settings: Supernet, 
         settings.steps,
         batches_of(run, settings, seed),
         ["weights", "theta"],
-        recorder=stages.Recorder(log.load, log.add, log.flush),
+        recorder=logs.Recorder(log.load, log.add, log.flush),
         stop=lambda: journal.seconds is not None and log.seconds() >= journal.seconds,
     )
     journal.begin_at(log.seconds())

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import secrets
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -104,9 +105,7 @@ def _run_id(workdir: Path) -> str:
     """The workdir's own W&B identity, made once and kept, so that a resumed run goes on in the same curves."""
     path = workdir / "wandb_id"
     if not path.exists():
-        import wandb
-
-        write_text(path, wandb.util.generate_id() + "\n")
+        write_text(path, secrets.token_hex(8) + "\n")
     return path.read_text().strip()
 
 

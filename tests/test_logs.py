@@ -114,15 +114,16 @@ def test_wandb_gets_the_same(tmp_path, monkeypatch):
         return Run()
 
     wandb = types.ModuleType("wandb")
-    wandb.init, wandb.util = init, types.SimpleNamespace(generate_id=lambda: "abc123")
+    wandb.init = init
     wandb.__spec__ = types.SimpleNamespace(name="wandb")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = Config(seed=4, logs=Logs(wandb="bits"))
     record(tmp_path / "joint", 0, 4, logs.sinks(config, tmp_path))
-    wandb.util.generate_id = lambda: "another"
     logs.sinks(config, tmp_path)
+    identity = (tmp_path / "wandb_id").read_text().strip()
+    assert len(identity) == 16
     assert calls == [
-        ("init", "bits", "abc123", "allow", 4),
+        ("init", "bits", identity, "allow", 4),
         ("metric", "joint/step", None),
         ("metric", "joint/*", "joint/step"),
         (
@@ -134,7 +135,7 @@ def test_wandb_gets_the_same(tmp_path, monkeypatch):
                 "joint/gradient_norm": 4.0,
             },
         ),
-        ("init", "bits", "abc123", "allow", 4),
+        ("init", "bits", identity, "allow", 4),
     ]
 
 

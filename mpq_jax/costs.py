@@ -268,7 +268,15 @@ def saved_limits(budgets: Any, source: str) -> dict[str, int | float]:
     return limits
 
 
-def _budget(name, text, kind: _Kind, limit, layers, bit_widths, activation_bit_widths) -> Budget:
+def _budget(
+    name: str,
+    text: str,
+    kind: _Kind,
+    limit: int | float,
+    layers: Sequence[Layer],
+    bit_widths: Sequence[int],
+    activation_bit_widths: Sequence[int],
+) -> Budget:
     searched = [layer for layer in layers if layer.searched]
     exact = name != "latency"
     table = np.zeros((len(searched), len(bit_widths), len(activation_bit_widths)), np.int64 if exact else np.float64)

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen, nnx, traverse_util
 
-from mpq_jax.types import Refusal
+from mpq_jax.types import Refusal, Variables
 
-Variables = Mapping[str, Any]
+Mutable = Sequence[str] | bool  # the collections whose updates are wanted; True: all
+Rngs = jax.Array | Mapping[str, jax.Array] | None
 
 
 class Seam(NamedTuple):
@@ -20,8 +21,8 @@ class Seam(NamedTuple):
     variables: the model's own variables where it carries them (NNX), else None.
     """
 
-    shapes: Callable[..., Variables]
-    run: Callable[..., tuple[Any, Variables]]
+    shapes: Callable[[Sequence[Any], Mapping[str, Any]], Variables]
+    run: Callable[[Variables, Sequence[Any], Mapping[str, Any], Mutable, Rngs], tuple[Any, Variables]]
     variables: Variables | None
 
 
@@ -55,16 +56,19 @@ def _linen(model: linen.Module) -> Seam:
         # Only arrays are abstracted: flags such as train=True stay Python values.
         arrays, rebuild = split_arrays((tuple(inputs), dict(kwargs)))
 
-        def init(arrays):
+        def init(arrays: Sequence[Any]) -> Any:
             args, kwargs = rebuild(arrays)
             return model.init(rngs, *args, **kwargs)
 
         return jax.eval_shape(init, arrays)
 
-    def run(variables, inputs, kwargs, mutable, rngs):
+    def run(
+        variables: Variables, inputs: Sequence[Any], kwargs: Mapping[str, Any], mutable: Mutable, rngs: Rngs
+    ) -> tuple[Any, Variables]:
+        keys = dict(rngs) if isinstance(rngs, Mapping) else rngs
         if mutable:
-            return model.apply(variables, *inputs, mutable=mutable, rngs=rngs, **kwargs)
-        return model.apply(variables, *inputs, rngs=rngs, **kwargs), {}
+            return model.apply(variables, *inputs, mutable=mutable, rngs=keys, **kwargs)
+        return model.apply(variables, *inputs, rngs=keys, **kwargs), {}
 
     return Seam(shapes, run, None)
 
@@ -91,7 +95,9 @@ def _nnx(model: nnx.Module) -> Seam:
             leaves.append((path, variable.replace(flat_variables[collection][name])))
         return nnx.from_flat_state(leaves)
 
-    def run(variables, inputs, kwargs, mutable, rngs):
+    def run(
+        variables: Variables, inputs: Sequence[Any], kwargs: Mapping[str, Any], mutable: Mutable, rngs: Rngs
+    ) -> tuple[Any, Variables]:
         if rngs:
             raise Refusal("an NNX model carries its own random streams; leave rngs out")
         merged = nnx.merge(graph, scatter(variables))
@@ -106,7 +112,7 @@ def _nnx(model: nnx.Module) -> Seam:
 
     variables = gather(state)
 
-    def shapes(inputs, kwargs):
+    def shapes(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Variables:
         del inputs, kwargs
         return jax.eval_shape(lambda: variables)
 

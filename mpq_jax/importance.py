@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mpq_jax.types import Bits, Importance, Interaction, Layer, Policy, Refusal
 FORMAT, VERSION = "mpq-importance", 1
 MADE_BY = "python train.py --config … --workdir …"
 Outlier = tuple[str, str, int]
+Refuse = Callable[[str], Refusal]  # what is wrong -> the Refusal that says it of the file
 # Above these, macs * 32 * 32 and params * 32 of a whole model leave int64.
 MOST_MACS, MOST_PARAMS = 2**52, 2**57
 
@@ -134,7 +135,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _widths(value: Any, name: str, refuse) -> tuple[int, ...]:
+def _widths(value: Any, name: str, refuse: Refuse) -> tuple[int, ...]:
     if (
         not isinstance(value, list)
         or not value
@@ -145,7 +146,7 @@ def _widths(value: Any, name: str, refuse) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _layer_from_json(entry: Any, widths, activation_widths, refuse) -> Layer:
+def _layer_from_json(entry: Any, widths: Sequence[int], activation_widths: Sequence[int], refuse: Refuse) -> Layer:
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         raise refuse(f'a layer without a "path": {str(entry)[:80]}')
     path = entry["path"]
@@ -194,7 +195,9 @@ def _layer_from_json(entry: Any, widths, activation_widths, refuse) -> Layer:
     )
 
 
-def _interactions(entries: Any, layers: Sequence[Layer], widths, activation_widths, refuse) -> tuple[Interaction, ...]:
+def _interactions(
+    entries: Any, layers: Sequence[Layer], widths: Sequence[int], activation_widths: Sequence[int], refuse: Refuse
+) -> tuple[Interaction, ...]:
     """Terms of named pairs: both layers searched, two different decisions, each pair once, tables that fit."""
     if not isinstance(entries, list):
         raise refuse('"interactions" must be a list of {"a": [path, "w" or "a"], "b": …, "table": …}')
@@ -224,7 +227,7 @@ def _interactions(entries: Any, layers: Sequence[Layer], widths, activation_widt
 
 
 def _table(
-    value: Any, name: str, shape: tuple[int, ...], refuse, axes: str = "searched layers x bit-widths"
+    value: Any, name: str, shape: tuple[int, ...], refuse: Refuse, axes: str = "searched layers x bit-widths"
 ) -> np.ndarray:
     def has(item: Any, lengths: tuple[int, ...]) -> bool:
         if not lengths:

@@ -7,7 +7,7 @@ This is how a model is reached without editing it: whatever its modules look lik
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +56,8 @@ class Trace(NamedTuple):
 
 # handler(call, lhs, rhs, value of the leaf) -> (out, tap)
 Handler = Callable[[Call, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+Taps = dict[tuple[str, int], Any]  # (leaf, call number) -> tap, stacked under scans
+Walked = tuple[list[Any], list[Origin], Taps]  # outputs, their origins, taps
 
 
 class _Walk:
@@ -77,9 +79,9 @@ def interpret(
     closed: core.ClosedJaxpr,
     arguments: Sequence[Any],
     leaves: Sequence[str | None],
-    values: dict[Any, Any],
+    values: Mapping[Any, Any],
     handler: Handler,
-) -> tuple[list[Any], dict[tuple[str, int], Any], Trace]:
+) -> tuple[list[Any], Taps, Trace]:
     """Evaluates a jaxpr, with `handler` in place of every product of data with a parameter.
 
     arguments: flat arguments. leaves: for each, the parameter's path, or None for data.
@@ -98,12 +100,14 @@ def interpret(
     return outs, taps, walk.trace
 
 
-def _evaluate(walk: _Walk, jaxpr: Any, arguments: Sequence[Any], origins: Sequence[Origin], values: dict[Any, Any]):
-    """-> (outputs, their origins, taps). The jaxpr's constants come first among the arguments."""
+def _evaluate(
+    walk: _Walk, jaxpr: Any, arguments: Sequence[Any], origins: Sequence[Origin], values: Mapping[Any, Any]
+) -> Walked:
+    """The jaxpr's constants come first among the arguments."""
     env: dict[Any, tuple[Any, Origin]] = {}
-    taps: dict[tuple[str, int], Any] = {}
+    taps: Taps = {}
 
-    def read(atom):
+    def read(atom: Any) -> tuple[Any, Origin]:
         if isinstance(atom, core.Literal):
             return atom.val, constant(walk.fresh, atom.val)
         return env[atom]
@@ -121,7 +125,7 @@ def _evaluate(walk: _Walk, jaxpr: Any, arguments: Sequence[Any], origins: Sequen
     return [v for v, _ in results], [o for _, o in results], taps
 
 
-def _equation(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[Any, Any]):
+def _equation(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: Mapping[Any, Any]) -> Walked:
     name = eqn.primitive.name
     if name in CONTRACTIONS:
         return _contraction(walk, eqn, ins, origins, values)
@@ -144,7 +148,10 @@ def _equation(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], valu
 
 
 def bind(eqn: Any, ins: list[Any]) -> list[Any]:
-    """The equation itself, evaluated as a jaxpr of one equation: JAX's public way to keep its derivative rules."""
+    """The equation itself on the values `ins`, with None for outputs that nobody reads.
+
+    Evaluated as a jaxpr of one equation: JAX's public way to keep its derivative rules.
+    """
     given = {v: x for v, x in zip(eqn.invars, ins, strict=True) if not isinstance(v, core.Literal)}
     outvars = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
     names = core.DebugInfo("interpret", eqn.primitive.name, tuple("" for _ in given), tuple("" for _ in outvars))
@@ -174,7 +181,7 @@ def _note_unreached(walk: _Walk, eqn: Any, origins: list[Origin]) -> None:
 # ---- products -----------------------------------------------------------------------------------------------------
 
 
-def _contraction(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[Any, Any]):
+def _contraction(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: Mapping[Any, Any]) -> Walked:
     lhs, rhs = origins
     macs = contraction_macs(eqn.primitive.name, eqn.params, *(v.aval for v in (*eqn.invars, *eqn.outvars)))
     out_origin = propagate(walk.fresh, eqn, origins)
@@ -229,10 +236,10 @@ def _channel_axes(name: str, params: dict[str, Any], side: int, ndim: int) -> tu
 # ---- control flow -------------------------------------------------------------------------------------------------
 
 
-def _checkpoint(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[Any, Any]):
-    found: list[Any] = []
+def _checkpoint(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: Mapping[Any, Any]) -> Walked:
+    found: list[list[Origin]] = []
 
-    def body(arguments, values):
+    def body(arguments: list[Any], values: Mapping[Any, Any]) -> tuple[list[Any], Taps]:
         outs, outs_origins, taps = _evaluate(walk, eqn.params["jaxpr"], arguments, origins, values)
         found.append(outs_origins)
         return outs, taps
@@ -244,7 +251,7 @@ def _checkpoint(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], va
     return outs, found[-1], taps
 
 
-def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: dict[Any, Any]):
+def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: Mapping[Any, Any]) -> Walked:
     params = eqn.params
     closed, length = params["jaxpr"], params["length"]
     n_consts, n_carry = scan_counts(params)
@@ -263,9 +270,9 @@ def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: 
         sliced |= _calls_inside(walk, closed, [*constants, *inner])
     sliced_values = {key: value for key, value in values.items() if key in sliced}
     shared_values = {key: value for key, value in values.items() if key not in sliced}
-    found: list[Any] = []
+    found: list[list[Origin]] = []
 
-    def body(carry, slices):
+    def body(carry: list[Any], slices: tuple[list[Any], dict[Any, Any]]) -> tuple[list[Any], tuple[list[Any], Taps]]:
         xs, leaf_values = slices
         outs, outs_origins, taps = _evaluate(
             walk,
@@ -303,14 +310,14 @@ def _calls_inside(walk: _Walk, closed: core.ClosedJaxpr, origins: list[Origin]) 
     """(leaf, call number) of every product with a parameter in a body that is about to be walked: one abstract walk."""
     found = set()
 
-    def noting(call, lhs, rhs, _):
+    def noting(call: Call, lhs: jax.Array, rhs: jax.Array, _: Any) -> tuple[jax.Array, None]:
         found.add((call.leaf, call.number))
         return ops.contract(call.primitive, call.params, "plain")(lhs, rhs), None
 
     ahead = _Walk(noting, walk.sizes)
     ahead.calls = dict(walk.calls)
 
-    def body(arguments):
+    def body(arguments: list[Any]) -> list[Any]:
         return _evaluate(ahead, closed.jaxpr, [*closed.consts, *arguments], origins, {})[0]
 
     jax.eval_shape(_counted_once(ahead, body), [v.aval for v in closed.jaxpr.invars])
@@ -321,7 +328,7 @@ def _counted_once(walk: _Walk, body: Callable[..., Any]) -> Callable[..., Any]:
     """JAX may trace a body more than once; only the last trace counts."""
     calls, noticed = dict(walk.calls), (len(walk.trace.products), len(walk.trace.unreached))
 
-    def counted(*arguments):
+    def counted(*arguments: Any) -> Any:
         walk.calls = dict(calls)
         del walk.trace.products[noticed[0] :]
         del walk.trace.unreached[noticed[1] :]

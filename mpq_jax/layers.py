@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 
 from mpq_jax import flax_seam, ops
-from mpq_jax.interpret import Call, Trace, interpret
-from mpq_jax.rules import Candidates, Rules, first_match, parse_value
-from mpq_jax.types import Bits, Layer, Quantizer, Refusal, TensorQuantizer
+from mpq_jax.interpret import Call, Handler, Taps, Trace, interpret
+from mpq_jax.rules import Candidates, Rules, RuleValue, first_match, parse_value
+from mpq_jax.types import Bits, Layer, Quantizer, Refusal, TensorQuantizer, Variables
 
 MAX_BITS = 16  # float32 holds every code and every product of a code and a step size up to here
 
@@ -66,6 +66,7 @@ class Site(NamedTuple):
 
 
 def check_widths(widths: Sequence[int], what: str) -> tuple[int, ...]:
+    """The widths in ascending order. Raises Refusal, naming `what`, unless they are distinct and from 2 to 16."""
     widths = tuple(int(b) for b in widths)
     if not widths or len(set(widths)) < len(widths) or not all(2 <= b <= MAX_BITS for b in widths):
         raise Refusal(f"{what} {widths} must be distinct integers from 2 to {MAX_BITS}, e.g. (2, 3, 4, 5, 6)")
@@ -83,11 +84,23 @@ def check_grids(specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> None:
             )
 
 
-def interpreted(seam, variables, values, handler, inputs, kwargs, mutable, rngs):
-    """Traces the model's call and interprets the jaxpr with the handler. -> (outputs, updates, taps, Trace)"""
+def interpreted(
+    seam: flax_seam.Seam,
+    variables: Variables,
+    values: Mapping[Any, Any],
+    handler: Handler,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    mutable: flax_seam.Mutable,
+    rngs: flax_seam.Rngs,
+) -> tuple[Any, Variables, Taps, Trace]:
+    """Traces the model's call and interprets the jaxpr with the handler. -> (outputs, updates, taps, Trace)
+
+    variables: the model's own, without a quantizer's leaves. values: what the handler gets, see `interpret.interpret`.
+    """
     arrays, rebuild = flax_seam.split_arrays((variables, tuple(inputs), dict(kwargs), rngs))
 
-    def call(arrays):
+    def call(arrays: Sequence[Any]) -> tuple[Any, Variables]:
         variables, inputs, kwargs, rngs = rebuild(arrays)
         return seam.run(variables, inputs, kwargs, mutable, rngs)
 
@@ -104,12 +117,14 @@ def interpreted(seam, variables, values, handler, inputs, kwargs, mutable, rngs)
     return outputs, updates, taps, trace
 
 
-def discover(seam, shapes, inputs, kwargs) -> tuple[dict[str, Site], Trace]:
-    """One abstract walk: leaf -> Site, in execution order."""
+def discover(
+    seam: flax_seam.Seam, shapes: Variables, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Site], Trace]:
+    """One abstract walk: leaf -> Site, in execution order. Raises Refusal for a model without any layer."""
     calls: dict[tuple[str, int], tuple[Call, Any, int, int]] = {}
     traces = []
 
-    def record(call, lhs, rhs, _):
+    def record(call: Call, lhs: jax.Array, rhs: jax.Array, _: Any) -> tuple[jax.Array, None]:
         operands = (lhs, rhs)
         weight, activation = operands[call.weight_side], operands[1 - call.weight_side]
         out = ops.contract(call.primitive, call.params, "plain")(lhs, rhs)
@@ -123,7 +138,7 @@ def discover(seam, shapes, inputs, kwargs) -> tuple[dict[str, Site], Trace]:
 
     arrays, rebuild = flax_seam.split_arrays((shapes, tuple(inputs), dict(kwargs)))
 
-    def trace(arrays):
+    def trace(arrays: Sequence[Any]) -> Any:
         variables, inputs, kwargs = rebuild(arrays)
         outputs, _, _, trace = interpreted(seam, variables, {}, record, inputs, kwargs, False, None)
         traces.append(trace)
@@ -153,6 +168,7 @@ def in_order(sites: Mapping[str, Site], paths: Mapping[str, Sequence[str]]) -> l
 
 
 def check_reached(trace: Trace, rules: Rules) -> None:
+    """Raises Refusal for a product with a parameter that the walk could not reach and no rule leaves in float."""
     for where, primitive, leaves in trace.unreached:
         if not all(parse_value(first_match(rules, leaf) or (2, 2)) == "float" for leaf in leaves):
             raise Refusal(
@@ -183,7 +199,11 @@ def _stack_indices(stack: tuple[int, ...]) -> list[str]:
     return indices
 
 
-def choice_of(path: str, paths: Sequence[str], rules: Rules, ends: Bits | None, default: Candidates) -> Any:
+def choice_of(path: str, paths: Sequence[str], rules: Rules, ends: Bits | None, default: Candidates) -> RuleValue:
+    """What the layer at `path` may be given: by the first rule that matches, as an end of `paths`, or by default.
+
+    Raises Refusal for a rule whose value is not known, or whose bits no grid has.
+    """
     value = first_match(rules, path)
     if value is None:
         return ends if ends is not None and path in (paths[0], paths[-1]) else default
@@ -199,13 +219,23 @@ def choice_of(path: str, paths: Sequence[str], rules: Rules, ends: Bits | None, 
     return value
 
 
-def spec_of(leaf, site: Site, paths, choices, signed) -> LayerSpec:
+def spec_of(
+    leaf: str,
+    site: Site,
+    paths: tuple[str, ...],
+    choices: Mapping[str, RuleValue],
+    signed: Sequence[tuple[str, bool]],
+) -> LayerSpec:
+    """The spec of a leaf. paths: of its layers. choices: path -> what each layer may be given.
+
+    signed: ordered (regex, bool) over paths, in place of what tracing found.
+    """
     call = site.calls[0]
     weight_widths: set[int] = set()
     activation_widths: set[int] = set()
     for path in paths:
         choice = choices[path]
-        if choice != "float":
+        if not isinstance(choice, str):
             w, a = choice if isinstance(choice, Candidates) else ((choice.w,), (choice.a,))
             weight_widths |= set(w)
             activation_widths |= set(a)
@@ -241,7 +271,19 @@ def _kind(call: Call, weight: jax.ShapeDtypeStruct) -> str:
     return "depthwise" if groups > 1 and per_group == 1 else "conv"
 
 
-def layer_table(sites, specs, choices, order, batch, default: Candidates, tie: bool) -> tuple[Layer, ...]:
+def layer_table(
+    sites: Mapping[str, Site],
+    specs: Mapping[str, LayerSpec],
+    choices: Mapping[str, RuleValue],
+    order: Sequence[tuple[str, int]],
+    batch: int,
+    default: Candidates,
+    tie: bool,
+) -> tuple[Layer, ...]:
+    """The layer table in `order` (of `in_order`), its counts those of one sample of the `batch` that was traced.
+
+    default: the candidates of a layer that no rule narrowed. tie: whether readers of one tensor get one `tied` name.
+    """
     readers: dict[int, list[str]] = {}
     for leaf, site in sites.items():
         for call in site.calls:
@@ -266,12 +308,12 @@ def layer_table(sites, specs, choices, order, batch, default: Candidates, tie: b
                 params=params,
                 macs=macs,
                 searched=searched,
-                bits=None if searched else Bits(32, 32) if choice == "float" else choice,
+                bits=None if isinstance(choice, Candidates) else Bits(32, 32) if isinstance(choice, str) else choice,
                 tied=tied[leaf] + _stack_indices(spec.stack)[i] if tie and searched and leaf in tied else None,
                 inputs=site.inputs // batch,
                 outputs=site.outputs // batch,
-                weight_bit_widths=choice.w if searched and choice.w != default.w else None,
-                activation_bit_widths=choice.a if searched and choice.a != default.a else None,
+                weight_bit_widths=choice.w if isinstance(choice, Candidates) and choice.w != default.w else None,
+                activation_bit_widths=choice.a if isinstance(choice, Candidates) and choice.a != default.a else None,
                 channels=None if channels is None or params % channels or macs % channels else channels,
             )
         )

@@ -26,7 +26,7 @@ def on_grid(
     leaves: the quantizer's learned leaves {name: [K, ...]}. place: shapes a leaf at one width to broadcast with x.
     """
     values = {name: place(leaf[k]) for name, leaf in leaves.items()}
-    return quantizer.fake_quant(x, values=values, bits=jnp.int32(bit_widths[k]), signed=signed)
+    return quantizer.fake_quant(x, values, jnp.int32(bit_widths[k]), signed)
 
 
 def mixture(

@@ -15,7 +15,7 @@ def round_straight_through(x: jax.Array) -> jax.Array:
 
 
 @round_straight_through.defjvp
-def _(primals, tangents):
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     return jnp.round(primals[0]), tangents[0]
 
 
@@ -27,7 +27,7 @@ def straight_through(on_grid: jax.Array, smooth: jax.Array) -> jax.Array:
 
 
 @straight_through.defjvp
-def _(primals, tangents):
+def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     return primals[0], tangents[1]
 
 

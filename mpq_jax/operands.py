@@ -1,7 +1,7 @@
 """A layer's two operands in front of their product, each with its quantizer, and what is measured of them on the way."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ from mpq_jax.interpret import Call
 from mpq_jax.layers import MAX_BITS, LayerSpec, leaf_paths
 from mpq_jax.mixture import mixture, one_hot
 from mpq_jax.numerics import at_bits, wide
-from mpq_jax.types import Decoding, Quantizer, TensorQuantizer
+from mpq_jax.types import Decoding, Quantizer, TensorQuantizer, Values
+
+T = TypeVar("T")
 
 # What `apply` measures on the way when asked to, over the layers that a policy quantizes:
 # "error": the sum of mean (x_hat - x)^2 / mean x^2 of weights and of activations, [], with gradients to trained leaves
@@ -45,7 +47,8 @@ class Operand(NamedTuple):
         """The leaves at the bits of this call, one width for the whole tensor."""
         return {name: self.place(at_bits(leaf, self.widths, self.grid_bits)) for name, leaf in self.leaves.items()}
 
-    def call(self, function: Callable[..., Any], x: jax.Array | None = None) -> Any:
+    def call(self, function: Callable[[jax.Array, Values, jax.Array, bool], T], x: jax.Array | None = None) -> T:
+        """One of the quantizer's functions on the tensor, or on `x` in its place."""
         return function(self.x if x is None else x, self.values, self.grid_bits, self.signed)
 
     def on_grid(self) -> jax.Array:
@@ -88,7 +91,7 @@ def operand_of(
     bits = value["bits"].w if weight else value["bits"].a
     in_float = bits > MAX_BITS if float_bits or any(spec.in_float) else None
 
-    def place(leaf):
+    def place(leaf: jax.Array) -> jax.Array:
         return place_on_channels(leaf, x, call.channel_axes) if weight else leaf
 
     return Operand(
@@ -106,7 +109,7 @@ def operand_of(
 
 
 # (tensor, bits) -> the tensor on its grid
-Grid = Callable[[jax.Array, Any], jax.Array]
+Grid = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def grids(
@@ -117,12 +120,12 @@ def grids(
     value: the layer's entry of `quantize.learned_leaves`, the part of its own place in the stack.
     """
 
-    def weight_grid(x, bits):
+    def weight_grid(x: jax.Array, bits: jax.Array) -> jax.Array:
         at = {name: at_bits(leaf, spec.weight_bit_widths, bits) for name, leaf in value["weight"].items()}
         at = {name: place_on_channels(leaf, weight, call.channel_axes) for name, leaf in at.items()}
         return quantizer.weight.fake_quant(x, at, bits, True)
 
-    def activation_grid(x, bits):
+    def activation_grid(x: jax.Array, bits: jax.Array) -> jax.Array:
         at = {name: at_bits(leaf, spec.activation_bit_widths, bits) for name, leaf in value["activation"].items()}
         return quantizer.activation.fake_quant(x, at, bits, spec.signed)
 
@@ -184,7 +187,7 @@ def _next_state(operand: Operand, leaves: Mapping[str, jax.Array]) -> dict[str, 
     x, values = jax.lax.stop_gradient((operand.x, operand.values))
     hit = jnp.asarray(operand.widths, jnp.int32) == operand.bits
 
-    def placed(new, leaf):
+    def placed(new: jax.Array, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
         new = new.reshape(leaf.shape[1:]).astype(leaf.dtype)
         return jnp.where(hit.reshape(-1, *[1] * new.ndim), new, 0), hit.astype(leaf.dtype)
 

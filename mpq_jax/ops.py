@@ -19,6 +19,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 Kernels = Literal["rows", "smooth", "plain"]
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # (lhs, rhs) -> out
 # What JAX's own functions take of these primitives' parameters.
 FIELDS = {
     "dot_general": ("dimension_numbers", "precision", "preferred_element_type"),
@@ -36,7 +37,7 @@ FIELDS = {
 }
 
 
-def contract(primitive: str, params: dict[str, Any], kernels: Kernels = "rows") -> Callable[..., jax.Array]:
+def contract(primitive: str, params: dict[str, Any], kernels: Kernels = "rows") -> Product:
     """The function (lhs, rhs) -> out of a "dot_general" or "conv_general_dilated" with these jaxpr parameters."""
     plain = _plain(primitive, params)
     if kernels == "plain":
@@ -45,26 +46,26 @@ def contract(primitive: str, params: dict[str, Any], kernels: Kernels = "rows") 
     if primitive == "dot_general" or jax.default_backend() != "cpu":
         return product
 
-    def convolution(lhs, rhs):
+    def convolution(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         return _depthwise(params, lhs, rhs) if _is_depthwise(params, lhs, rhs) else product(lhs, rhs)
 
     return convolution
 
 
-def _plain(primitive: str, params: dict[str, Any]) -> Callable[..., jax.Array]:
+def _plain(primitive: str, params: dict[str, Any]) -> Product:
     function = lax.dot_general if primitive == "dot_general" else lax.conv_general_dilated
     return functools.partial(function, **{name: params[name] for name in FIELDS[primitive]})
 
 
-def _rows_one_by_one(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def _rows_one_by_one(function: Product) -> Product:
     """`function` of two arrays, with a batching rule: a loop where both have a row axis, else JAX's own rule."""
 
     @custom_vmap
-    def one(a, b):
+    def one(a: jax.Array, b: jax.Array) -> jax.Array:
         return function(a, b)
 
     @one.def_vmap
-    def rule(axis_size, in_batched, a, b):
+    def rule(axis_size: int, in_batched: list[bool], a: jax.Array, b: jax.Array) -> tuple[jax.Array, bool]:
         if all(in_batched):
             return jnp.stack([one(a[i], b[i]) for i in range(axis_size)]), True
         axes = tuple(0 if batched else None for batched in in_batched)
@@ -73,19 +74,19 @@ def _rows_one_by_one(function: Callable[..., jax.Array]) -> Callable[..., jax.Ar
     return one
 
 
-def _by_rows(plain: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def _by_rows(plain: Product) -> Product:
     """`plain` (bilinear) with rows one by one in the forward pass and in both gradients."""
     forward = _rows_one_by_one(plain)
 
     # custom_vmap has no transpose rule of its own, so each gradient is a custom_vmap too.
     @jax.custom_vjp
-    def contraction(lhs, rhs):
+    def contraction(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         return forward(lhs, rhs)
 
-    def fwd(lhs, rhs):
+    def fwd(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         return forward(lhs, rhs), (lhs, rhs)
 
-    def bwd(residuals, gradient):
+    def bwd(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         lhs, rhs = residuals
         left, right = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in residuals)
         to_lhs = _rows_one_by_one(lambda g, r: jax.linear_transpose(lambda x: plain(x, r), left)(g)[0])
@@ -119,7 +120,7 @@ def _depthwise(params: dict[str, Any], lhs: jax.Array, rhs: jax.Array) -> jax.Ar
     out_h = (x.shape[1] - kernel_h) // stride_h + 1
     out_w = (x.shape[2] - kernel_w) // stride_w + 1
 
-    def shifted(i, j):
+    def shifted(i: int, j: int) -> jax.Array:
         rows = slice(i, i + (out_h - 1) * stride_h + 1, stride_h)
         columns = slice(j, j + (out_w - 1) * stride_w + 1, stride_w)
         return x[:, rows, columns, :] * rhs[i, j, 0]

@@ -18,7 +18,9 @@ def log_space(inner: optax.GradientTransformation) -> optax.GradientTransformati
     for all, and s stays positive.
     """
 
-    def update(updates, state, params=None):
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
         in_log = jax.tree.map(jnp.multiply, updates, params)
         moved, state = inner.update(in_log, state, jax.tree.map(jnp.log, params))
         return jax.tree.map(lambda u, s: s * jnp.expm1(u), moved, params), state
@@ -29,7 +31,9 @@ def log_space(inner: optax.GradientTransformation) -> optax.GradientTransformati
 def keep_positive() -> optax.GradientTransformation:
     """No step takes more than half of a value away: for optimizers that add to step sizes (the paper's SGD)."""
 
-    def update(updates, state, params=None):
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
         return jax.tree.map(lambda u, s: jnp.maximum(u, -s / 2), updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -29,6 +29,7 @@ class Origin(NamedTuple):
 
     @property
     def is_weight(self) -> bool:
+        """Whether the value was computed from parameters, and from no input."""
         return bool(self.leaves) and not self.data
 
 
@@ -135,7 +136,7 @@ def _inner_signs(fresh: Fresh, eqn: Any, origins: list[Origin]) -> list[bool] | 
         return None
     env: dict[Any, Origin] = dict(zip(bodies[0].invars, origins, strict=True))
 
-    def read(atom):
+    def read(atom: Any) -> Origin:
         if isinstance(atom, core.Literal):
             return constant(fresh, atom.val)
         return env.get(atom, Origin((), False, -1, False))

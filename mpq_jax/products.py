@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from mpq_jax import ops
-from mpq_jax.interpret import contraction_macs
+from mpq_jax.interpret import Call, contraction_macs
 from mpq_jax.layers import MAX_BITS
 from mpq_jax.progress import progress
 from mpq_jax.types import Bits, QuantizedModel, Refusal
@@ -80,6 +80,7 @@ class Product(NamedTuple):
 
     @property
     def macs(self) -> int:
+        """Multiply-accumulates of the whole product."""
         lhs, rhs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (self.lhs, self.rhs))
         out = jax.eval_shape(self.function("float32"), lhs, rhs)
         return contraction_macs(self.primitive, dict(self.params), lhs, rhs, out)
@@ -113,7 +114,7 @@ def uses(model: QuantizedModel, variables: Any, *inputs: Any, **kwargs: Any) -> 
     """
     found: dict[tuple[str, int], tuple[Use, tuple[int, ...]]] = {}
 
-    def record(call, lhs, rhs, _):
+    def record(call: Call, lhs: jax.Array, rhs: jax.Array, _: Any) -> tuple[jax.Array, Any]:
         fields = ops.FIELDS[call.primitive]
         params = tuple((name, call.params[name]) for name in fields if name != "preferred_element_type")
         product = Product(call.primitive, lhs.shape, rhs.shape, params)
@@ -198,8 +199,8 @@ def repeated(product: Product, kernel: Kernel, calls: int) -> Callable[..., Any]
     function = product.function(kernel.sums)
 
     @jax.jit
-    def run(lhs, rhs):
-        def again(_, seen):
+    def run(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def again(_: int, seen: jax.Array) -> jax.Array:
             a, b, seen = lax.optimization_barrier((lhs, rhs, seen))
             return seen + lax.optimization_barrier(function(a, b)).ravel()[0]
 

@@ -3,7 +3,7 @@
 "Leaves" are what a quantizer keeps for each layer and bit-width: step sizes for LSQ, others for other methods.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mpq_jax import flax_seam, ops
 from mpq_jax.codes import product_of_codes
-from mpq_jax.interpret import Call
+from mpq_jax.interpret import Call, Handler, Taps
 from mpq_jax.layers import (
     LayerSpec,
     check_grids,
@@ -29,7 +29,7 @@ from mpq_jax.layers import (
 from mpq_jax.operands import gathered, operand_of, tapped
 from mpq_jax.quantizers import lsq
 from mpq_jax.rules import Candidates, Rules, check_rules
-from mpq_jax.types import Bits, Layer, Policy, QuantizedModel, Quantizer, Refusal
+from mpq_jax.types import Bits, Layer, Policy, QuantizedModel, Quantizer, Refusal, Variables
 
 
 def quantize(
@@ -71,7 +71,15 @@ def quantize(
     shapes = jax.eval_shape(lambda: variables) if variables is not None else seam.shapes(inputs, kwargs)
     float_paths = frozenset(flax_seam.flatten(shapes["params"]))
 
-    def walk(variables, values, handler, inputs, kwargs, mutable=False, rngs=None):
+    def walk(
+        variables: Variables,
+        values: Mapping[Any, Any],
+        handler: Handler,
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        mutable: flax_seam.Mutable = False,
+        rngs: flax_seam.Rngs = None,
+    ) -> tuple[Any, Variables, Taps]:
         return interpreted(seam, _only(variables, float_paths), values, handler, inputs, kwargs, mutable, rngs)[:3]
 
     sites, trace = discover(seam, shapes, inputs, kwargs)
@@ -96,26 +104,26 @@ def quantize(
         )
 
     def apply(
-        variables,
-        policy,
-        *inputs,
-        mutable=False,
-        rngs=None,
+        variables: Variables,
+        policy: Policy | None,
+        *inputs: Any,
+        mutable: flax_seam.Mutable = False,
+        rngs: flax_seam.Rngs = None,
         kernels: ops.Kernels = "rows",
         terms: Sequence[str] = (),
-        float_bits=False,
-        exact=False,
-        **kwargs,
-    ):
+        float_bits: bool = False,
+        exact: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         values = {} if policy is None else layer_values(specs, quantizer, variables, policy)
         handler = _quantizing(specs, quantizer, kernels, terms, float_bits, exact)
         outputs, updates, taps = walk(variables, values, handler, inputs, kwargs, mutable, rngs)
-        result = (outputs, updates) if mutable else (outputs,)
+        result: tuple[Any, ...] = (outputs, updates) if mutable else (outputs,)
         if terms:
             result += ({term: gathered(term, specs, quantizer, taps) for term in terms},)
         return result if len(result) > 1 else outputs
 
-    def calibrate(variables, *inputs, **kwargs):
+    def calibrate(variables: Variables, *inputs: Any, **kwargs: Any) -> dict[str, Any]:
         _, _, taps = walk(variables, {}, _calibrating(specs, quantizer), inputs, kwargs)
         return _with_leaves(specs, quantizer, variables, taps)
 
@@ -136,7 +144,7 @@ def quantize(
 # ---- applying -----------------------------------------------------------------------------------------------------
 
 
-def _only(variables: Mapping[str, Any], float_paths: frozenset[str]) -> dict[str, Any]:
+def _only(variables: Variables, float_paths: frozenset[str]) -> dict[str, Any]:
     """The variables as the user's model knows them: without the quantizer's leaves."""
     params = {path: leaf for path, leaf in flax_seam.flatten(variables["params"]).items() if path in float_paths}
     if missing := float_paths - set(params):
@@ -145,7 +153,7 @@ def _only(variables: Mapping[str, Any], float_paths: frozenset[str]) -> dict[str
 
 
 def learned_leaves(
-    specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Mapping[str, Any]
+    specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Variables
 ) -> dict[str, dict[str, Any]]:
     """leaf -> {"weight": {name: [*stack, K, ...]}, "activation": ...}, of the leaves that are not all in float.
 
@@ -171,7 +179,7 @@ def learned_leaves(
 
 
 def layer_values(
-    specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Mapping[str, Any], policy: Policy
+    specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Variables, policy: Policy
 ) -> dict[str, Any]:
     """`learned_leaves` and, beside them, "bits": Bits([*stack], [*stack]): what `operands.operand_of` takes a layer's of."""
     values = learned_leaves(specs, quantizer, variables)
@@ -205,7 +213,7 @@ def _quantizing(
     terms: Sequence[str],
     float_bits: bool = False,
     exact: bool = False,
-) -> Callable[..., Any]:
+) -> Handler:
     """The handler of `apply`: both operands on their grids, then the product; taps the terms that are asked for.
 
     float_bits: bits above MAX_BITS leave an operand in float, in layers that no rule left in float too. For
@@ -214,7 +222,7 @@ def _quantizing(
     does it: the same sums in any order, as long as they stay below 2^24. For evaluation.
     """
 
-    def handler(call: Call, lhs, rhs, value):
+    def handler(call: Call, lhs: jax.Array, rhs: jax.Array, value: Any) -> tuple[jax.Array, Any]:
         spec = specs[call.leaf]
         product = ops.contract(call.primitive, call.params, kernels)
         if value is None:  # left in float by a rule, or the whole model run in float
@@ -236,10 +244,10 @@ def _quantizing(
 # ---- calibrating --------------------------------------------------------------------------------------------------
 
 
-def _calibrating(specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> Callable[..., Any]:
+def _calibrating(specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> Handler:
     """The handler of `calibrate`: the float product, tapping each tensor's start values."""
 
-    def handler(call: Call, lhs, rhs, _):
+    def handler(call: Call, lhs: jax.Array, rhs: jax.Array, _: Any) -> tuple[jax.Array, Any]:
         spec = specs[call.leaf]
         out = ops.contract(call.primitive, call.params, "plain")(lhs, rhs)
         if all(spec.in_float):
@@ -255,8 +263,8 @@ def _calibrating(specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> Callab
 
 
 def _with_leaves(
-    specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Mapping[str, Any], taps: Mapping[Any, Any]
-) -> Any:
+    specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Variables, taps: Taps
+) -> dict[str, Any]:
     """The variables with the tapped start values beside their parameters; several calls of a layer are averaged."""
     flat = flax_seam.flatten(variables["params"])
     for leaf, spec in specs.items():

@@ -4,10 +4,13 @@ Letters in shapes, here and in every docstring: L layers, K bit-widths (Kw for w
 differ), P rows, B batch.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:  # annotations only: search, too, reads this file
+    import jax
 
 
 class Refusal(Exception):
@@ -125,7 +128,6 @@ class Solution(NamedTuple):
     status: "optimal" (objective equals bound) or "feasible" (the time ran out: the gap is objective - bound).
     seconds: wall-clock from tables in memory to the checked policy.
     used: budget name -> (used, limit), recomputed from the policy in exact arithmetic; mean bits as means.
-    gap: (objective - bound) / |objective|; 0 where optimal, None without a bound.
     """
 
     policy: dict[str, Bits]
@@ -138,6 +140,7 @@ class Solution(NamedTuple):
 
     @property
     def gap(self) -> float | None:
+        """(objective - bound) / |objective|; 0 where optimal, None without a bound."""
         if self.bound is None:
             return None
         apart = self.objective - self.bound
@@ -154,6 +157,17 @@ class Decoding(NamedTuple):
     scale: Any = None
     offset: Any = 0.0
     table: Any = None
+
+
+# A quantizer's leaves at one bit-width, by name, shaped to broadcast with the tensor.
+Values = Mapping[str, "jax.Array"]
+# The functions of a quantizer, by what they take; the bits are an int32 scalar, the bool says whether x can be negative.
+OnTensor = Callable[["jax.Array", Values, "jax.Array", bool], "jax.Array"]  # x, values, bits, signed
+OnValues = Callable[[Values, "jax.Array", bool], "jax.Array"]  # values, bits, signed
+Decode = Callable[["jax.Array", Values, "jax.Array", bool], Decoding]
+Update = Callable[["jax.Array", Values, "jax.Array", bool], dict[str, "jax.Array"]]
+# x, bit_widths, signed, channel_axes
+Init = Callable[["jax.Array", Sequence[int], bool, Sequence[int]], dict[str, "jax.Array"]]
 
 
 class TensorQuantizer(NamedTuple):
@@ -180,14 +194,14 @@ class TensorQuantizer(NamedTuple):
 
     leaves: tuple[str, ...]
     state: tuple[str, ...]
-    init: Callable[..., dict[str, Any]]
-    fake_quant: Callable[..., Any]
-    encode: Callable[..., Any]
-    decoding: Callable[..., Decoding]
-    indicator: Callable[..., Any] | None
-    fit: Callable[..., Any] | None = None
-    penalty: Callable[..., Any] | None = None
-    update: Callable[..., dict[str, Any]] | None = None
+    init: Init
+    fake_quant: OnTensor
+    encode: OnTensor
+    decoding: Decode
+    indicator: OnValues | None
+    fit: OnTensor | None = None
+    penalty: OnValues | None = None
+    update: Update | None = None
 
 
 class Quantizer(NamedTuple):
@@ -202,6 +216,49 @@ class Quantizer(NamedTuple):
     max_bits: int = 16
 
 
+# {collection: nested dict of arrays}, as Linen has them; "params" holds the quantizer's leaves, too.
+Variables = Mapping[str, Any]
+
+
+class Apply(Protocol):
+    """The model as a function: `QuantizedModel.apply`."""
+
+    def __call__(
+        self,
+        variables: Variables,
+        policy: Policy | None,
+        *inputs: Any,
+        mutable: Sequence[str] | bool = False,
+        rngs: "jax.Array | Mapping[str, jax.Array] | None" = None,
+        kernels: Literal["rows", "smooth", "plain"] = "rows",
+        terms: Sequence[str] = (),
+        float_bits: bool = False,
+        exact: bool = False,
+        **kwargs: Any,
+    ) -> Any: ...
+
+
+class Calibrate(Protocol):
+    """`QuantizedModel.calibrate`."""
+
+    def __call__(self, variables: Variables, *inputs: Any, **kwargs: Any) -> dict[str, Any]: ...
+
+
+class Walk(Protocol):
+    """`QuantizedModel.walk`."""
+
+    def __call__(
+        self,
+        variables: Variables,
+        values: Mapping[Any, Any],
+        handler: Callable[..., tuple[Any, Any]],
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        mutable: Sequence[str] | bool = False,
+        rngs: "jax.Array | Mapping[str, jax.Array] | None" = None,
+    ) -> tuple[Any, Variables, dict[tuple[str, int], Any]]: ...
+
+
 class QuantizedModel(NamedTuple):
     """A Flax model, unmodified, with bits and the quantizer's leaves as arguments.
 
@@ -211,13 +268,15 @@ class QuantizedModel(NamedTuple):
     bit_widths, activation_bit_widths: the global candidates.
     quantizer: the method.
     variables: the float model's own variables where it carries them (NNX), else None (Linen: from its `init`).
-    apply(variables, policy, *inputs, mutable=False, rngs=None, terms=(), **kwargs) -> outputs, or (outputs, updates) as
-        Linen's. A policy of None runs the float model. exact=True multiplies integer codes and scales the sums after.
-        With `terms` (of "error", "penalty", "state") one more result,
-        {term: value}: what the quantizers measured on the way; see `operands.TERMS`.
+    apply(variables, policy, *inputs, mutable=False, rngs=None, kernels="rows", terms=(), float_bits=False, exact=False,
+        **kwargs) -> outputs, or (outputs, updates) as Linen's. A policy of None runs the float model.
+        kernels: see `ops`. float_bits=True: bits above 16 leave a tensor in float. exact=True multiplies integer codes
+        and scales the sums after; both are for evaluation. With `terms` (of "error", "penalty", "state") one more
+        result, {term: value}: what the quantizers measured on the way; see `operands.TERMS`.
+        Raises Refusal for variables or a policy of another model, and where `calibrate` was not called.
     calibrate(variables, *inputs, **kwargs) -> variables with the quantizer's leaves set from one batch.
     walk(variables, values, handler, inputs, kwargs, mutable, rngs) -> (outputs, updates, taps): what the two above
-        are made of, for criteria that put something else in the place of a layer.
+        are made of, for criteria that put something else in the place of a layer; see `interpret.interpret`.
     """
 
     layers: tuple[Layer, ...]
@@ -226,7 +285,7 @@ class QuantizedModel(NamedTuple):
     bit_widths: tuple[int, ...]
     activation_bit_widths: tuple[int, ...]
     quantizer: Quantizer
-    variables: Any
-    apply: Callable[..., Any]
-    calibrate: Callable[..., Any]
-    walk: Callable[..., Any]
+    variables: Variables | None
+    apply: Apply
+    calibrate: Calibrate
+    walk: Walk

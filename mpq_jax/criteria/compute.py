@@ -56,6 +56,7 @@ def _check_finite(name: str, table: Importance) -> None:
 
 
 def function_of(name: str) -> Callable[..., Importance | Measured]:
+    """The criterion's function, imported. Raises Refusal for a name that does not exist."""
     module, _, function = find(name).function.partition(":")
     return getattr(importlib.import_module(f"mpq_jax.criteria.{module}"), function)
 

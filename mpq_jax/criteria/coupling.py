@@ -39,7 +39,7 @@ def coupled_pairs(model: QuantizedModel, variables: Any, *inputs: Any, **kwargs:
     """
     calls: list[Call] = []
 
-    def handler(call, lhs, rhs, _):
+    def handler(call: Call, lhs: jax.Array, rhs: jax.Array, _: Any) -> tuple[jax.Array, Any]:
         calls.append(call)
         operands = [lhs, rhs]
         side = 1 - call.weight_side
@@ -80,7 +80,7 @@ class _Follow:
         """Sources of the outputs, from those of the inputs (constants have none)."""
         env: dict[Any, Sources] = dict(zip(jaxpr.invars, sources, strict=True))
 
-        def read(atom) -> Sources:
+        def read(atom: Any) -> Sources:
             return () if isinstance(atom, core.Literal) else env.get(atom, ())
 
         for eqn in jaxpr.eqns:

@@ -153,6 +153,7 @@ def uses_log(name: str) -> bool:
 
 
 def rows_file(workdir: Path) -> Path:
+    """Where joint training keeps the log of its random rows (`learned.RowLog`)."""
     return workdir / "joint" / "random_rows.npz"
 
 

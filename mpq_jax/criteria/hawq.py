@@ -1,6 +1,6 @@
 """HAWQ (Dong et al., "HAWQ: Hessian AWare Quantization of Neural Networks with Mixed-Precision", 2019)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,10 +34,10 @@ def hawq(
     some = batches[: max(1, hessian_samples // samples_of(batches[0]))]
     used = sum(samples_of(batch) for batch in some)
 
-    def curvature(kind):
+    def curvature(kind: str) -> dict[str, Estimate]:
         return eigenvalues(model, task, variables, some, kind, tolerance=relative_error, most=max_draws, seed=seed)
 
-    def passes(estimates):
+    def passes(estimates: Mapping[str, Estimate]) -> float:
         return 2.0 * used * sum(each.draws for each in estimates.values())
 
     return hessian.second_order(
@@ -143,7 +143,7 @@ def eigenvalues(
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), number)
             start = _random_start(key, shapes, mask, groups)
 
-            def apply(v, mask=mask, part=part):
+            def apply(v: Any, mask: Any = mask, part: Sequence[Batch] = part) -> Any:
                 return _mean_over_batches(lambda batch: product(variables, mask, v, batch), part)
 
             values, estimate = largest_eigenvalues(apply, start, tolerance=tolerance, most=most)
@@ -153,17 +153,25 @@ def eigenvalues(
     return result
 
 
-def _weight_product(loss, shapes):
-    def product(variables, mask, v, batch):
+# (variables, mask, v [G, ...], batch) -> H v [G, ...] of each group's own Hessian
+Product = Callable[[Any, Any, Any, Batch], Any]
+
+
+def _weight_product(loss: Callable[..., jax.Array], shapes: Any) -> Product:
+    """G = 1: the Hessian of the batch's mean loss."""
+
+    def product(variables: Any, mask: Any, v: Any, batch: Batch) -> Any:
         one = jax.tree.map(lambda x: x[0], v)
         return one_of(masked(mask, hessian_product(loss, zeros(shapes), one, variables, batch)))
 
     return product
 
 
-def _sample_product(loss, shapes):
-    def product(variables, mask, v, batch):
-        def one(v, sample):
+def _sample_product(loss: Callable[..., jax.Array], shapes: Any) -> Product:
+    """G = B: each sample's own."""
+
+    def product(variables: Any, mask: Any, v: Any, batch: Batch) -> Any:
+        def one(v: Any, sample: Any) -> Any:
             return masked(mask, hessian_product(loss, zeros(shapes), v, variables, one_of(sample)))
 
         return jax.vmap(one)(v, batch)

@@ -1,7 +1,7 @@
 """HAWQ-v2 (Dong et al., "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks", 2019)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ def hawq_v2(
     shapes = sites.call_shapes(model, task, variables, batches[0])
     one = sites.samples_of(batches[0])
 
-    def curvature(kind):
+    def curvature(kind: str) -> dict[str, Estimate]:
         found = traces(
             model, task, variables, batches, kind, relative_error=relative_error, max_draws=max_draws, seed=seed
         )
@@ -48,7 +48,7 @@ def hawq_v2(
             path: each._replace(value=each.value / per[sites.place(model, path)[0]]) for path, each in found.items()
         }
 
-    def passes(estimates):
+    def passes(estimates: Mapping[str, Estimate]) -> float:
         return 2.0 * one * sum(each.draws for each in estimates.values())
 
     return hessian.second_order(
@@ -103,7 +103,7 @@ def traces(
     shapes = hessian.perturbation(model, task, variables, batches[0], kind)
 
     @jax.jit
-    def draw(variables, mask, key, i, batch):
+    def draw(variables: Any, mask: Any, key: jax.Array, i: jax.Array, batch: Batch) -> jax.Array:
         e = zeros(hessian.perturbation(model, task, variables, batch, kind))  # batches may differ in size
         return quadratic_draw(loss, e, mask, jax.random.fold_in(key, i), variables, batch)
 
@@ -113,7 +113,7 @@ def traces(
         mask = jax.device_put(mask_of(model, path, shapes, kind))
         key = jax.random.fold_in(jax.random.key(seed), row)
 
-        def at(i, mask=mask, key=key):
+        def at(i: int, mask: Any = mask, key: jax.Array = key) -> jax.Array:
             return draw(variables, mask, key, np.uint32(i), batches[i % len(batches)])
 
         result[path] = mean_of_draws(at, relative_error, max_draws)

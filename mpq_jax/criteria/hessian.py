@@ -16,6 +16,7 @@ import numpy as np
 
 from mpq_jax import ops
 from mpq_jax.criteria import Measured, sites
+from mpq_jax.interpret import Call
 from mpq_jax.joint import Batch, Task
 from mpq_jax.types import QuantizedModel, Refusal
 
@@ -36,7 +37,7 @@ class Estimate(NamedTuple):
 def perturbed_loss(model: QuantizedModel, task: Task, kind: str) -> Callable[..., jax.Array]:
     """loss(e, variables, batch) -> []: the float model's, with e added to the weight operands, or to the inputs."""
 
-    def handler(call, lhs, rhs, e):
+    def handler(call: Call, lhs: jax.Array, rhs: jax.Array, e: Any) -> tuple[jax.Array, Any]:
         operands = [lhs, rhs]
         if e is not None:
             side = call.weight_side if kind == "weight" else 1 - call.weight_side
@@ -48,7 +49,7 @@ def perturbed_loss(model: QuantizedModel, task: Task, kind: str) -> Callable[...
             operands[side] = operands[side] + e.astype(operands[side].dtype)
         return ops.contract(call.primitive, call.params, "smooth")(*operands), None
 
-    def loss(e, variables, batch):
+    def loss(e: Mapping[Any, Any], variables: Any, batch: Batch) -> jax.Array:
         outputs, _, _ = model.walk(variables, e, handler, task.inputs(batch), task.eval_kwargs)
         return task.loss(outputs, batch)
 
@@ -97,10 +98,12 @@ def hessian_product(loss: Callable[..., jax.Array], e: Any, v: Any, *arguments: 
 
 
 def dot(a: Any, b: Any) -> jax.Array:
+    """The inner product of two pytrees of the same shapes, []."""
     return jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, a, b))
 
 
 def masked(mask: Any, v: Any) -> Any:
+    """v where the mask (of `mask_of`) is 1, else 0."""
     return jax.tree.map(lambda m, x: m.astype(x.dtype) * x, mask, v)
 
 
@@ -124,6 +127,7 @@ def second_order(
     curvature(kind) -> path -> c_l; below 0 it counts as 0, and is named. what, draws: the names of the
     curvature and of what it is estimated by, for notes.
     passes(estimates) -> forward-and-backward passes of one sample that they took.
+    Raises Refusal where `uniform_activations` is no candidate of some layer.
     """
     # Refused here, before anything is measured.
     rows = np.zeros((len(sites.searched_paths(model)), len(model.bit_widths)))

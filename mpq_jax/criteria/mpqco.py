@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,12 +26,12 @@ def mpqco(
     a sample, vmapped, serves every layer and bit-width, and no weight gradient of a sample is ever formed.
     The published form has no activation table: `uniform_activations` gives all searched activations so many bits. With
     0, the same formula on the layer's inputs, <dL/dX, Q_b(X) - X>, makes one: an extension of ours. Unit: the loss.
-    variables: the float model's, with step sizes.
+    variables: the float model's, with step sizes. Raises Refusal where `uniform_activations` is no layer's candidate.
     """
     if uniform_activations:
         sites.uniform_activations(model, "mpqco", np.zeros((0, 0)), uniform_activations)
 
-    def statistic(gradient, error):
+    def statistic(gradient: jax.Array, error: jax.Array) -> jax.Array:
         return (gradient * error).sum()
 
     rows, error, samples = probes.mean_statistics(

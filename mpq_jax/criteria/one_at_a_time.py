@@ -8,7 +8,7 @@ import numpy as np
 
 from mpq_jax.criteria import Measured, sites
 from mpq_jax.joint import Batch, Task
-from mpq_jax.types import Bits, QuantizedModel, Refusal
+from mpq_jax.types import Bits, Layer, Policy, QuantizedModel, Refusal
 
 OTHERS = ("float", "widest")
 
@@ -26,7 +26,7 @@ def one_at_a_time(
         raise Refusal(f"criteria.others {others!r} is not known; choose one of {', '.join(OTHERS)}")
 
     @jax.jit
-    def loss(variables, policy, batch):
+    def loss(variables: Any, policy: Policy, batch: Batch) -> jax.Array:
         outputs = model.apply(variables, policy, *task.inputs(batch), float_bits=True, **task.eval_kwargs)
         return task.loss(outputs, batch)
 
@@ -54,11 +54,11 @@ def one_at_a_time(
     )
 
 
-def _candidates(layer, model: QuantizedModel) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _candidates(layer: Layer, model: QuantizedModel) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (layer.weight_bit_widths or model.bit_widths, layer.activation_bit_widths or model.activation_bit_widths)
 
 
-def _as_it_is(layer, model: QuantizedModel, others: str) -> Bits:
+def _as_it_is(layer: Layer, model: QuantizedModel, others: str) -> Bits:
     if others == "float":
         return Bits(32, 32)
     return layer.bits or Bits(*(max(own) for own in _candidates(layer, model)))

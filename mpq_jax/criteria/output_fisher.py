@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mpq_jax.criteria import Measured, probes, sites
@@ -18,7 +19,7 @@ def output_fisher(model: QuantizedModel, task: Task, variables: Any, batches: Se
     variables: the float model's, with step sizes.
     """
 
-    def statistic(gradient, error):
+    def statistic(gradient: jax.Array, error: jax.Array) -> jax.Array:
         return 0.5 * jnp.square(gradient * error).sum()
 
     rows, error, samples = probes.mean_statistics(model, task, variables, batches, statistic, lambda x: x)

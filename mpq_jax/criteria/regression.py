@@ -7,7 +7,7 @@ loss of the uniform rows of the same step, on the same weights and batch. Additi
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,7 +111,9 @@ class Design(NamedTuple):
     shared: np.ndarray
 
 
-def _design(units: Sequence[Decision], pairs: Sequence[tuple[int, int]], log: RowLog, widths) -> Design:
+def _design(
+    units: Sequence[Decision], pairs: Sequence[tuple[int, int]], log: RowLog, widths: Mapping[str, Sequence[int]]
+) -> Design:
     columns = [_centred(unit, log.assignment) for unit in units]
     alone = np.concatenate(columns, axis=1)
     # Widths that all decisions of a kind share, each counted once a layer.

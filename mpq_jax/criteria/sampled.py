@@ -21,7 +21,7 @@ from mpq_jax.joint import Batch, Task
 from mpq_jax.policy import stack
 from mpq_jax.search.others import random_fitting, random_policies
 from mpq_jax.search.problem import build
-from mpq_jax.types import Bits, Importance, QuantizedModel, Refusal
+from mpq_jax.types import Bits, Importance, Policy, QuantizedModel, Refusal
 
 WITHIN = 0.05  # of the first budget: how near to it
 ROWS = 4  # policies measured at once
@@ -66,7 +66,10 @@ def _empty(model: QuantizedModel) -> Importance:
 
 
 def draw(table: Importance, count: int, near: Sequence[str], seed: int) -> tuple[list[dict[str, Bits]], str]:
-    """(policies, in a line where they lie)."""
+    """(policies, in a line where they lie): `count` random ones, near the budgets where 20 or more are found there.
+
+    Raises Refusal for fewer than 20, and for budgets that cannot be read.
+    """
     if count < FEWEST_ROWS:
         raise Refusal(f"criteria.policies is {count}; give {FEWEST_ROWS} or more, 240 or so for a small network")
     if near:
@@ -98,11 +101,11 @@ def divergences(
     rngs = {"dropout": jax.random.key(0)} if training and model.variables is None else None
 
     @jax.jit
-    def harm(variables, joint, rows, batch):
+    def harm(variables: Mapping[str, Any], joint: Mapping[str, Any], rows: Policy, batch: Batch) -> jax.Array:
         inputs = task.inputs(batch)
         teacher = jax.nn.log_softmax(model.apply(variables, None, *inputs, **task.eval_kwargs).astype(jnp.float32))
 
-        def row(policy):
+        def row(policy: Policy) -> jax.Array:
             if training:
                 outputs, _ = model.apply(joint, policy, *inputs, mutable=list(stats), rngs=rngs, **kwargs)
             else:

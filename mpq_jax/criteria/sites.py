@@ -1,7 +1,7 @@
 """What criteria ask of a model's layers: their tensors' shapes, quantization errors, and tables from values a leaf."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax import ops
+from mpq_jax.interpret import Call
 from mpq_jax.joint import Batch, Task
 from mpq_jax.layers import LayerSpec
 from mpq_jax.numerics import wide
@@ -40,6 +41,7 @@ def place(model: QuantizedModel, path: str) -> tuple[str, tuple[int, ...]]:
 
 
 def searched_paths(model: QuantizedModel) -> list[str]:
+    """Paths of the searched layers: the rows of every table, in order."""
     return [layer.path for layer in model.layers if layer.searched]
 
 
@@ -50,13 +52,13 @@ def call_shapes(model: QuantizedModel, task: Task, variables: Any, batch: Batch)
     """(leaf, call number) -> Shapes of every call of a searched leaf; one abstract walk."""
     leaves = searched_leaves(model)
 
-    def handler(call, lhs, rhs, _):
+    def handler(call: Call, lhs: jax.Array, rhs: jax.Array, _: Any) -> tuple[jax.Array, Any]:
         out = ops.contract(call.primitive, call.params, "plain")(lhs, rhs)
-        operands = (lhs, rhs)
+        operands: tuple[Any, Any] = (lhs, rhs)  # shapes, once eval_shape has seen them
         tap = Shapes(operands[call.weight_side], operands[1 - call.weight_side])
         return out, (tap if call.leaf in leaves else None)
 
-    def walk(variables, batch):
+    def walk(variables: Any, batch: Batch) -> dict[tuple[str, int], Shapes]:
         return model.walk(variables, {}, handler, task.inputs(batch), task.eval_kwargs)[2]
 
     return jax.eval_shape(walk, variables, batch)
@@ -77,7 +79,7 @@ def elements(model: QuantizedModel, shapes: Mapping[tuple[str, int], Shapes], ki
     return result
 
 
-def make_squared_errors(model: QuantizedModel, task: Task):
+def make_squared_errors(model: QuantizedModel, task: Task) -> Callable[[Any, Batch], dict[str, dict[str, jax.Array]]]:
     """errors(variables, batch) -> {"weight": {leaf: [*stack, K]}, "activation": {leaf: [*stack, K]}}.
 
     ||Q_b(W) - W||^2 of each layer's weights at each of the leaf's bit-widths, and ||Q_b(X) - X||^2 of its inputs, all
@@ -85,7 +87,7 @@ def make_squared_errors(model: QuantizedModel, task: Task):
     """
     leaves = searched_leaves(model)
 
-    def handler(call, lhs, rhs, value):
+    def handler(call: Call, lhs: jax.Array, rhs: jax.Array, value: Any) -> tuple[jax.Array, Any]:
         out = ops.contract(call.primitive, call.params, "smooth")(lhs, rhs)
         if value is None:
             return out, None
@@ -98,7 +100,7 @@ def make_squared_errors(model: QuantizedModel, task: Task):
             for kind, x, grid, held in zip(KINDS, tensors, both, widths, strict=True)
         }
 
-    def errors(variables, batch):
+    def errors(variables: Any, batch: Batch) -> dict[str, dict[str, jax.Array]]:
         values = {
             leaf: v for leaf, v in learned_leaves(model.specs, model.quantizer, variables).items() if leaf in leaves
         }
@@ -159,7 +161,7 @@ def uniform_activations(model: QuantizedModel, criterion: str, weight: np.ndarra
     return Importance(criterion, model.bit_widths, (bits,), tuple(layers), weight, np.zeros((len(weight), 1)))
 
 
-def mean_over(batches: Iterable[Batch], function, *arguments) -> tuple[Any, int]:
+def mean_over(batches: Iterable[Batch], function: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
     """(mean over samples of function(*arguments, batch), samples): its results are means over each batch. NumPy."""
     total, count = None, 0
     for batch in batches:
@@ -171,6 +173,7 @@ def mean_over(batches: Iterable[Batch], function, *arguments) -> tuple[Any, int]
 
 
 def samples_of(batch: Batch) -> int:
+    """B, the length of the leading axis."""
     return len(jax.tree.leaves(batch)[0])
 
 
@@ -180,4 +183,5 @@ def one_of(sample: Any) -> Any:
 
 
 def percent(values: Sequence[float]) -> str:
+    """The largest of some shares, as "4.2 %"."""
     return f"{100 * max(values, default=0.0):.1f} %"

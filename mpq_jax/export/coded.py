@@ -4,7 +4,7 @@ The codes are worked out once, ahead; the program that holds them is the model's
 of each weight operand. Letters: N elements of one layer's weight operand; [*lead] the scans that slice its leaf.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax import ops, policy
-from mpq_jax.interpret import Call
+from mpq_jax.interpret import Call, Handler, Taps
 from mpq_jax.mixture import one_hot
 from mpq_jax.numerics import decode
 from mpq_jax.operands import Operand, operand_of
@@ -77,7 +77,7 @@ def coded(
     arrays = {path: Bits(*(np.asarray(b, np.int32) for b in each)) for path, each in {**fixed, **bits}.items()}
     calls: dict[tuple[str, int], tuple[Call, tuple[int, ...]]] = {}
 
-    def handler(call, lhs, rhs, value):
+    def handler(call: Call, lhs: jax.Array, rhs: jax.Array, value: Any) -> tuple[jax.Array, Any]:
         out = ops.contract(call.primitive, call.params, "plain")(lhs, rhs)
         if value is None:
             return out, None
@@ -91,7 +91,7 @@ def coded(
         return out, tap | ({"float": weight, "in_float": inputs.in_float} if any(spec.in_float) else {})
 
     @jax.jit
-    def ahead(variables, arrays):
+    def ahead(variables: Any, arrays: Policy) -> Taps:
         values = layer_values(model.specs, model.quantizer, variables, arrays)
         return model.walk(variables, values, handler, (jnp.zeros(sample.shape, sample.dtype),), kwargs)[2]
 
@@ -195,13 +195,13 @@ def unpacked(held: jax.Array, weight: Weight) -> jax.Array:
 # ---- running from codes -------------------------------------------------------------------------------------------
 
 
-def from_codes(model: QuantizedModel, weights: Mapping[Key, Weight]) -> Callable[..., Any]:
+def from_codes(model: QuantizedModel, weights: Mapping[Key, Weight]) -> Handler:
     """The handler of `QuantizedModel.walk` that takes Coded.values: as `apply`, but for where the weights come from.
 
     A barrier before unpacking keeps XLA from working the constants out, which would hold the weights in float again.
     """
 
-    def handler(call, lhs, rhs, value):
+    def handler(call: Call, lhs: jax.Array, rhs: jax.Array, value: Any) -> tuple[jax.Array, Any]:
         product = ops.contract(call.primitive, call.params, "plain")
         if value is None:
             return product(lhs, rhs), None

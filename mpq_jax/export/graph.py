@@ -24,11 +24,11 @@ from mpq_jax.types import Bits, Decoding, Policy, QuantizedModel, Refusal, Tenso
 class Activation(NamedTuple):
     """The grid of a layer's input.
 
-    values: the quantizer's leaves at this layer's bits, e.g. {"step_size": []}.
+    values: the quantizer's leaves at this layer's bits, e.g. {"step_size": []}, NumPy.
     """
 
     quantizer: TensorQuantizer
-    values: Mapping[str, np.ndarray]
+    values: Mapping[str, Any]
     bits: int
     signed: bool
 
@@ -37,6 +37,7 @@ class Activation(NamedTuple):
         return self.quantizer.encode(x, self.values, jnp.int32(self.bits), self.signed)
 
     def decoding(self, x: Any) -> Decoding:
+        """What turns the codes of `encode` into values again."""
         return self.quantizer.decoding(x, self.values, jnp.int32(self.bits), self.signed)
 
 
@@ -80,6 +81,7 @@ class Constant(NamedTuple):
     leaves: frozenset[str]
 
     def full(self) -> Any:
+        """The value in all of its shape."""
         return self.value if self.value.shape == self.shape else jnp.broadcast_to(self.value, self.shape)
 
 
@@ -145,7 +147,7 @@ def graph(
         calls[name] = call
         product = ops.contract(call.primitive, call.params, "plain")
 
-        def marked(lhs, rhs):
+        def marked(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
             return product(lhs, rhs)
 
         marked.__name__ = name
@@ -183,7 +185,14 @@ def _used(nodes: Sequence[Node], outputs: Iterable[Value | Constant]) -> list[No
 class _Builder:
     """One walk over the traced model. `at`: the position in each surrounding loop, outermost first."""
 
-    def __init__(self, model, policy, params, calls, packed):
+    def __init__(
+        self,
+        model: QuantizedModel,
+        policy: Policy | None,
+        params: Mapping[str, Any],
+        calls: Mapping[str, Call],
+        packed: Packed | None,
+    ):
         self.model, self.policy, self.params, self.calls, self.packed = model, policy, params, calls, packed
         self.nodes: list[Node] = []
         self.count = 0
@@ -196,7 +205,9 @@ class _Builder:
     def where(self, eqn: Any) -> str:
         return "/".join(part for part in (self.scope, str(eqn.source_info.name_stack)) if part)
 
-    def inside(self, eqn: Any, jaxpr: Any, arguments: Sequence[Value | Constant], at) -> list[Value | Constant]:
+    def inside(
+        self, eqn: Any, jaxpr: Any, arguments: Sequence[Value | Constant], at: tuple[int, ...]
+    ) -> list[Value | Constant]:
         """The body of a call or a loop."""
         outer, self.scope = self.scope, self.where(eqn)
         outs = self.evaluate(jaxpr, arguments, at)
@@ -286,8 +297,8 @@ class _Builder:
         if not isinstance(weight, Constant) or isinstance(data, Constant):
             raise Refusal(f"the weight of layer {path!r} depends on the model's input; leave it in float with a rule")
         operand = np.asarray(weight.full())
-        fixed = self.policy is None or spec.in_float[spec.paths.index(path)]
-        bits = Bits(32, 32) if fixed else self.policy[path]
+        left = spec.in_float[spec.paths.index(path)]
+        bits = Bits(32, 32) if left or self.policy is None else self.policy[path]
         leaf = np.asarray(self.params[call.leaf])[index]
         activation = None if bits.a > MAX_BITS else _activation(self.model, spec, self.params, index, int(bits.a))
         encoded = None
@@ -320,7 +331,7 @@ class _Builder:
 
 
 def _at(
-    model: QuantizedModel, spec: LayerSpec, kind: str, params: Mapping[str, Any], index, bits: int
+    model: QuantizedModel, spec: LayerSpec, kind: str, params: Mapping[str, Any], index: tuple[int, ...], bits: int
 ) -> dict[str, Any]:
     """The quantizer's leaves of one layer at one width."""
     widths = spec.weight_bit_widths if kind == "weight" else spec.activation_bit_widths
@@ -337,7 +348,9 @@ def _at(
     return values
 
 
-def _activation(model: QuantizedModel, spec: LayerSpec, params: Mapping[str, Any], index, bits: int) -> Activation:
+def _activation(
+    model: QuantizedModel, spec: LayerSpec, params: Mapping[str, Any], index: tuple[int, ...], bits: int
+) -> Activation:
     return Activation(
         model.quantizer.activation, _at(model, spec, "activation", params, index, bits), bits, spec.signed
     )
@@ -373,7 +386,9 @@ def encode_weight(
     return _mixed_channels(by_width, np.asarray(bits), operand, channel_axes)
 
 
-def _mixed_channels(by_width: Mapping[int, Weight], bits: np.ndarray, operand: np.ndarray, channel_axes) -> Weight:
+def _mixed_channels(
+    by_width: Mapping[int, Weight], bits: np.ndarray, operand: np.ndarray, channel_axes: Sequence[int]
+) -> Weight:
     channel_shape = tuple(n if i in channel_axes else 1 for i, n in enumerate(operand.shape))
     own = bits.reshape(channel_shape)
     codes = np.select([own == b for b in by_width], [w.codes for w in by_width.values()])

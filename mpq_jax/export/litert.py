@@ -194,7 +194,7 @@ def straight_line(closed: core.ClosedJaxpr, *arguments: Any) -> Any:
 def _evaluate(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
 
-    def read(atom):
+    def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:

@@ -72,7 +72,9 @@ def split(w: Writer, node: Node) -> None:
         w.put(out, name)
 
 
-def cut(w: Writer, name: str, start: Sequence[Any], stop: Sequence[Any], step: Sequence[int], shape: Sequence[Any]):
+def cut(
+    w: Writer, name: str, start: Sequence[Any], stop: Sequence[Any], step: Sequence[int], shape: Sequence[Any]
+) -> str:
     """name[start:stop:step] on every axis; axes that stay whole are left out."""
     axes = [i for i, n in enumerate(shape) if not (step[i] == 1 and start[i] == 0 and stop[i] == n)]
     if not axes:

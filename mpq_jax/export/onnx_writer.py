@@ -64,7 +64,9 @@ class Writer:
 
     # ---- nodes and constants ----------------------------------------------------------------------------------
 
-    def emit(self, op: str, *inputs: str, name: str = "", outputs: int | None = None, domain: str = "", **attrs) -> Any:
+    def emit(
+        self, op: str, *inputs: str, name: str = "", outputs: int | None = None, domain: str = "", **attrs: Any
+    ) -> Any:
         """Adds a node; the name of its output, or, with `outputs`, the list of their names."""
         stem = f"{self.where}/{op}" if self.where else op
         made = [self.names.fresh(name or stem) for _ in range(outputs or 1)]

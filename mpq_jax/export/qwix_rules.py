@@ -9,7 +9,7 @@ and clipping are not in it, so outputs are near ours, not equal.
 
 import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,7 @@ class QwixRules(NamedTuple):
     refused: dict[str, str]
 
     def lines(self) -> list[str]:
+        """The refused layers for people, a line each."""
         return [f"{path}: {why}" for path, why in self.refused.items()]
 
 
@@ -141,7 +142,19 @@ def _refusal(
     return None
 
 
-def _under(module, variables, inputs, kwargs, scanned: bool, rules: Mapping[str, qwix.QuantizationRule]):
+Rules = Mapping[str, qwix.QuantizationRule]
+# What `_under` returns.
+Under = tuple[linen.Module, dict[str, Any], list[str]]
+
+
+def _under(
+    module: linen.Module,
+    variables: Mapping[str, Any],
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    scanned: bool,
+    rules: Rules,
+) -> Under:
     """(module under Qwix, its variables, leaves whose rule was not used), tracing it once."""
     provider = (qwix.QtProvider if scanned else qwix.PtqProvider)(list(rules.values()))
     under = qwix.quantize_model(module, provider)
@@ -157,10 +170,10 @@ def _under(module, variables, inputs, kwargs, scanned: bool, rules: Mapping[str,
     return under, {**variables, "params": quantize(variables["params"])}, unused
 
 
-def _faults(under, rules: Mapping[str, qwix.QuantizationRule]) -> dict[str, str]:
+def _faults(under: Callable[[Rules], Under], rules: Rules) -> dict[str, str]:
     """leaf -> what Qwix has against its rule, found by tracing: all together, and each alone where that fails."""
 
-    def of(rules):
+    def of(rules: Rules) -> dict[str, str]:
         return dict.fromkeys(under(rules)[2], "Qwix did not find its parameter in a product of its module")
 
     if not rules:

@@ -5,7 +5,7 @@ gives what `QuantizedModel.apply` gives, up to what compilers round differently.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,13 @@ def stablehlo(
         ) from None
 
 
-def make_program(model: QuantizedModel, variables: Any, codes: Coded, sample: Any, **kwargs: Any):
+def make_program(
+    model: QuantizedModel, variables: Any, codes: Coded, sample: Any, **kwargs: Any
+) -> Callable[[Any], Any]:
     """x -> outputs, with the codes and those variables that are still needed beside them as constants."""
     handler = from_codes(model, codes.weights)
 
-    def run(variables, x):
+    def run(variables: Any, x: Any) -> Any:
         return model.walk(variables, codes.values, handler, (x,), kwargs)[0]
 
     leaves, treedef = jax.tree.flatten(variables)
@@ -70,7 +72,7 @@ def make_program(model: QuantizedModel, variables: Any, codes: Coded, sample: An
     # elimination tells, also through scans.
     read = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
 
-    def program(x):
+    def program(x: Any) -> Any:
         kept = [leaf if used else _stand_in(leaf) for leaf, used in zip(leaves, read, strict=False)]
         return run(jax.tree.unflatten(treedef, kept), x)
 

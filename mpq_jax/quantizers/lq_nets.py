@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mpq_jax.numerics import decode, straight_through, wide
 from mpq_jax.quantizers.starts import best_clip, check_start, same_spacing, sampled
-from mpq_jax.types import Decoding, Quantizer, TensorQuantizer
+from mpq_jax.types import Decoding, Quantizer, TensorQuantizer, Values
 
 MOVING_AVERAGE = 0.9
 EPSILON = 1e-4  # of the least squares, for each element
@@ -116,17 +116,18 @@ def _rows(x: jax.Array, basis: jax.Array) -> _Rows:
 # ---- the quantizer's functions ------------------------------------------------------------------------------------
 
 
-def _table(basis, bits, signed):
+def _table(basis: jax.Array, bits: jax.Array, signed: bool) -> jax.Array:
+    """[2^B, ...] from a basis [B, ...]."""
     levels = level_table(basis.reshape(basis.shape[0], -1), bits, signed)
     return levels.reshape(levels.shape[0], *basis.shape[1:])
 
 
-def _encode(x, values, bits, signed):
+def _encode(x: jax.Array, values: Values, bits: jax.Array, signed: bool) -> jax.Array:
     rows = _rows(x, values["basis"])
     return rows.back(nearest_codes(rows.x, level_table(rows.basis, bits, signed), bits))
 
 
-def _fake_quant(x, values, bits, signed, weight):
+def _fake_quant(x: jax.Array, values: Values, bits: jax.Array, signed: bool, weight: bool) -> jax.Array:
     fixed, basis = jax.lax.stop_gradient((x, values["basis"]))
     table = _table(basis, bits, signed)
     on_grid = decode(_encode(fixed, {"basis": basis}, bits, signed), Decoding(table=table)).astype(x.dtype)
@@ -137,26 +138,26 @@ def _fake_quant(x, values, bits, signed, weight):
     return straight_through(on_grid, jnp.where(x < low, low, smooth) if signed else smooth)
 
 
-def _indicator(values, bits, signed):
+def _indicator(values: Values, bits: jax.Array, signed: bool) -> jax.Array:
     """The mean gap between neighbouring levels, (top - lowest) / (2^b - 1), mean over channels."""
     reach = jnp.abs(values["basis"]).sum(0).mean() * (2 if signed else 1)
     return reach / ((1 << bits) - 1)
 
 
-def _update(x, values, bits, signed):
+def _update(x: jax.Array, values: Values, bits: jax.Array, signed: bool) -> dict[str, jax.Array]:
     """v <- 0.9 v + 0.1 v* (moving average), with v* by `least_squares`."""
     rows = _rows(x, values["basis"])
     new = MOVING_AVERAGE * rows.basis + (1 - MOVING_AVERAGE) * least_squares(rows.x, rows.basis, bits, signed)
     return {"basis": new.reshape(values["basis"].shape)}
 
 
-def _even(top, bits, size, signed):
-    """[B, C]: the basis of the even grid whose levels end at top [C]: v_k = spacing 2^k, halved where e_k is -1 or 1."""
+def _even(top: jax.Array, bits: jax.Array, size: int) -> jax.Array:
+    """[B, C]: the basis of the even grid whose levels end at top [C], v_k = top 2^k / (2^b - 1), signed or not."""
     k = jnp.arange(size)[:, None]
     return jnp.where(k < bits, top * 2.0**k / ((1 << bits) - 1), 0)
 
 
-def _on_even_grid(x, top, bits, signed):
+def _on_even_grid(x: jax.Array, top: jax.Array, bits: jax.Array, signed: bool) -> jax.Array:
     """The level nearest to x on the even grid that ends at top."""
     spacing = top * (2 if signed else 1) / ((1 << bits) - 1)
     if signed:
@@ -164,7 +165,15 @@ def _on_even_grid(x, top, bits, signed):
     return jnp.clip(jnp.round(x / spacing) * spacing, 0, top)
 
 
-def _init(x, bit_widths: Sequence[int], signed, channel_axes, *, start, weight):
+def _init(
+    x: jax.Array,
+    bit_widths: Sequence[int],
+    signed: bool,
+    channel_axes: Sequence[int],
+    *,
+    start: str,
+    weight: bool,
+) -> dict[str, jax.Array]:
     size, widths = max(bit_widths), jnp.asarray(bit_widths, jnp.int32)
     axes = tuple(channel_axes) if weight else ()
     channels = math.prod(x.shape[i] for i in axes)
@@ -177,8 +186,8 @@ def _init(x, bit_widths: Sequence[int], signed, channel_axes, *, start, weight):
         on_grid = functools.partial(_on_even_grid, signed=signed)
         tops = jax.vmap(lambda x: best_clip(x, bit_widths, on_grid))(x)
 
-    def one(bits, top):
-        even = _even(top, bits, size, signed)
+    def one(bits: jax.Array, top: jax.Array) -> jax.Array:
+        even = _even(top, bits, size)
         if start == "same":
             return even
         basis = jax.lax.fori_loop(0, ALTERNATIONS, lambda _, v: least_squares(x, v, bits, signed), even)

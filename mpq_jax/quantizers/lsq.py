@@ -2,15 +2,17 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from mpq_jax.numerics import integer_range, round_straight_through, sum_to, wide
 from mpq_jax.quantizers.starts import check_start, same_spacing
-from mpq_jax.types import Decoding, Quantizer, TensorQuantizer
+from mpq_jax.types import Decoding, Quantizer, TensorQuantizer, Values
 
 EWGS_DELTA = 1e-3
+Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]  # x, step_size, q_n, q_p, g
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -31,11 +33,13 @@ def fake_quant(
     return (jnp.round(jnp.clip(v, -q_n, q_p)) * step_size).astype(x.dtype)
 
 
-def _forward(x, step_size, q_n, q_p, g, delta):
+def _forward(
+    x: jax.Array, step_size: jax.Array, q_n: jax.Array, q_p: jax.Array, g: jax.Array, delta: float
+) -> tuple[jax.Array, Residuals]:
     return fake_quant(x, step_size, q_n, q_p, g, delta), (x, step_size, q_n, q_p, g)
 
 
-def _backward(delta, residuals, gradient):
+def _backward(delta: float, residuals: Residuals, gradient: jax.Array) -> Residuals:
     x, step_size, q_n, q_p, g = residuals
     v = wide(x) / step_size
     inside = (v >= -q_n) & (v <= q_p)
@@ -88,16 +92,18 @@ def lsq(
     """
     check_start(start)
 
-    def in_use(step_size):
+    def in_use(step_size: jax.Array) -> jax.Array:
         return jnp.exp2(round_straight_through(jnp.log2(step_size))) if power_of_two else step_size
 
-    def init(x, bit_widths, signed, channel_axes, weight):
+    def init(
+        x: jax.Array, bit_widths: Sequence[int], signed: bool, channel_axes: Sequence[int], weight: bool
+    ) -> dict[str, jax.Array]:
         channel_axes = tuple(channel_axes) if per_channel and weight else ()
         channels = math.prod(x.shape[i] for i in channel_axes)
         shape = (channels,) if channel_axes else ()
         x = wide(x)
 
-        def one(bits):
+        def one(bits: int) -> jax.Array:
             if start == "same":
                 return jnp.full(shape, same_spacing(bits), x.dtype)
             s = weight_start(x, bits, channel_axes) if weight else activation_start(x, bits, signed)
@@ -106,27 +112,27 @@ def lsq(
 
         return {"step_size": jnp.stack([one(b) for b in bit_widths])}
 
-    def apply_range(bits, signed, weight):
+    def code_range(bits: jax.Array, signed: bool, weight: bool) -> tuple[jax.Array, jax.Array]:
         return integer_range(bits, signed, narrow and weight)
 
-    def run(x, values, bits, signed, weight):
-        q_n, q_p = apply_range(bits, signed, weight)
+    def run(x: jax.Array, values: Values, bits: jax.Array, signed: bool, weight: bool) -> jax.Array:
+        q_n, q_p = code_range(bits, signed, weight)
         step_size = in_use(values["step_size"])
         elements = x.size / step_size.size
         # In the step size's own type: in float64 a float32 root would differ between one row and many.
         g = 1 / jnp.sqrt(q_p.astype(step_size.dtype) * elements) if gradient_scale else jnp.ones_like(q_p)
         return fake_quant(x, step_size, q_n, q_p, g, EWGS_DELTA if ewgs else 0.0)
 
-    def encode(x, values, bits, signed, weight):
-        q_n, q_p = apply_range(bits, signed, weight)
+    def encode(x: jax.Array, values: Values, bits: jax.Array, signed: bool, weight: bool) -> jax.Array:
+        q_n, q_p = code_range(bits, signed, weight)
         v = wide(x) / in_use(values["step_size"])
         return jnp.round(jnp.clip(v, -q_n, q_p)).astype(jnp.int32)
 
-    def decoding(x, values, bits, signed):
+    def decoding(x: jax.Array, values: Values, bits: jax.Array, signed: bool) -> Decoding:
         del x, bits, signed
         return Decoding(scale=in_use(values["step_size"]))
 
-    def indicator(values, bits, signed):
+    def indicator(values: Values, bits: jax.Array, signed: bool) -> jax.Array:
         del bits, signed
         return in_use(values["step_size"]).mean()
 

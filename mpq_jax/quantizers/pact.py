@@ -4,12 +4,14 @@ Weights as in DoReFa: Zhou et al., "DoReFa-Net: Training Low Bitwidth Convolutio
 Gradients", arXiv 1606.06160, 2016.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from mpq_jax.numerics import decode, integer_range, round_straight_through, straight_through, wide
 from mpq_jax.quantizers.starts import best_clip, check_start, same_spacing
-from mpq_jax.types import Decoding, Quantizer, TensorQuantizer
+from mpq_jax.types import Decoding, Init, Quantizer, TensorQuantizer, Values
 
 
 def clip(x: jax.Array, a: jax.Array, signed: bool) -> jax.Array:
@@ -52,13 +54,15 @@ def pact(start: str = "statistics", *, rescale: bool = True, clip_penalty: float
 # ---- activations --------------------------------------------------------------------------------------------------
 
 
-def _top(bits, signed):
+def _top(bits: jax.Array, signed: bool) -> jax.Array:
     """n, the largest code: 2^b - 1; for signed inputs 2^(b-1) - 1."""
     return integer_range(bits, signed, narrow=True)[1]
 
 
-def _init(start: str):
-    def init(x, bit_widths, signed, channel_axes):
+def _init(start: str) -> Init:
+    def init(
+        x: jax.Array, bit_widths: Sequence[int], signed: bool, channel_axes: Sequence[int]
+    ) -> dict[str, jax.Array]:
         del channel_axes
         if start == "same":
             spacing = jnp.asarray([same_spacing(b) for b in bit_widths], jnp.float32)
@@ -68,23 +72,23 @@ def _init(start: str):
     return init
 
 
-def _fake_quant(x, values, bits, signed):
+def _fake_quant(x: jax.Array, values: Values, bits: jax.Array, signed: bool) -> jax.Array:
     a, n = values["clip"], _top(bits, signed)
     y = clip(wide(x), a, signed)
     return straight_through(jnp.round(y * n / a) * (a / n), y).astype(x.dtype)
 
 
-def _encode(x, values, bits, signed):
+def _encode(x: jax.Array, values: Values, bits: jax.Array, signed: bool) -> jax.Array:
     a, n = values["clip"], _top(bits, signed)
     return jnp.round(clip(wide(x), a, signed) * n / a).astype(jnp.int32)
 
 
-def _decoding(x, values, bits, signed):
+def _decoding(x: jax.Array, values: Values, bits: jax.Array, signed: bool) -> Decoding:
     del x
     return Decoding(scale=values["clip"] / _top(bits, signed))
 
 
-def _fit(x, values, bits, signed):
+def _fit(x: jax.Array, values: Values, bits: jax.Array, signed: bool) -> jax.Array:
     """x_hat = code a / n at fixed codes: the squared error's own derivative. PACT's rule only ever raises a here."""
     codes = _encode(x, jax.lax.stop_gradient(values), bits, signed)
     return decode(codes, _decoding(x, values, bits, signed))
@@ -113,12 +117,12 @@ def dorefa_weights(rescale: bool = True) -> TensorQuantizer:
     n / 2 is 2^(b-1) - 1/2, so 2 round(u n) / n - 1 = (code + 1/2) 2 / n: an evenly spaced grid with an offset of 1/2.
     """
 
-    def decoding_of(largest, bits):
+    def decoding_of(largest: jax.Array, bits: jax.Array) -> Decoding:
         half, _ = integer_range(bits, True)
         factor = largest if rescale else jnp.ones_like(largest)
         return Decoding(scale=factor * 2 / (2 * half - 1), offset=0.5)
 
-    def fake_quant(w, values, bits, signed):
+    def fake_quant(w: jax.Array, values: Values, bits: jax.Array, signed: bool) -> jax.Array:
         u, largest = normalised(w)
         return decode(dorefa_codes(u, bits), decoding_of(largest, bits)).astype(w.dtype)
 

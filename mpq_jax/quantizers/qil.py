@@ -1,13 +1,14 @@
 """QIL: Jung et al., "Learning to Quantize Deep Networks by Optimizing Quantization Intervals with Task Loss", CVPR 2019."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from mpq_jax.numerics import integer_range, round_straight_through, wide
 from mpq_jax.quantizers.starts import best_clip, check_start, same_spacing
-from mpq_jax.types import Decoding, Quantizer, TensorQuantizer
+from mpq_jax.types import Decoding, Quantizer, TensorQuantizer, Values
 
 
 def transform(x: jax.Array, centre: jax.Array, half_width: jax.Array, gamma: jax.Array | None = None) -> jax.Array:
@@ -54,16 +55,24 @@ def qil(start: str = "statistics", *, rescale: bool = True) -> Quantizer:
     return Quantizer("qil", tensor_quantizer(True), tensor_quantizer(False))
 
 
-def _levels(bits, signed):
+def _levels(bits: jax.Array, signed: bool) -> jax.Array:
     """q, the number of steps from 0 to 1."""
     return integer_range(bits, signed, narrow=True)[1]
 
 
-def _init(x, bit_widths, signed, channel_axes, *, start, weight):
+def _init(
+    x: jax.Array,
+    bit_widths: Sequence[int],
+    signed: bool,
+    channel_axes: Sequence[int],
+    *,
+    start: str,
+    weight: bool,
+) -> dict[str, jax.Array]:
     del channel_axes
     x, widths = wide(x), jnp.asarray(bit_widths, jnp.int32)
 
-    def interval(top):
+    def interval(top: jax.Array) -> dict[str, jax.Array]:
         return {"centre": top / 2, "half_width": top / 2}
 
     if start == "same":
@@ -75,23 +84,23 @@ def _init(x, bit_widths, signed, channel_axes, *, start, weight):
     return {**values, "gamma": jnp.ones_like(top)} if weight else values
 
 
-def _codes(x, values, bits, signed):
+def _codes(x: jax.Array, values: Values, bits: jax.Array, signed: bool) -> jax.Array:
     """Whole numbers of [-q, q] in floating point; their derivative is that of sign(x) |w'| q."""
     x = wide(x)
     size = transform(x, values["centre"], values["half_width"], values.get("gamma"))
     return round_straight_through(size * _levels(bits, signed)) * jnp.sign(x)
 
 
-def _decoding(x, values, bits, signed, rescale):
+def _decoding(x: jax.Array, values: Values, bits: jax.Array, signed: bool, rescale: bool) -> Decoding:
     del x
     top = values["centre"] + values["half_width"] if rescale else jnp.ones_like(values["centre"])
     return Decoding(scale=top / _levels(bits, signed))
 
 
-def _fake_quant(x, values, bits, signed, rescale):
+def _fake_quant(x: jax.Array, values: Values, bits: jax.Array, signed: bool, rescale: bool) -> jax.Array:
     codes = _codes(x, values, bits, signed)
     return (codes * _decoding(x, values, bits, signed, rescale).scale).astype(x.dtype)
 
 
-def _encode(x, values, bits, signed):
+def _encode(x: jax.Array, values: Values, bits: jax.Array, signed: bool) -> jax.Array:
     return _codes(x, values, bits, signed).astype(jnp.int32)

@@ -11,6 +11,7 @@ FRACTIONS = 64  # clipping levels that are tried: 1/100 of the largest value to 
 
 
 def check_start(start: str) -> None:
+    """Raises ValueError for a start that does not exist."""
     if start not in STARTS:
         raise ValueError(f"start must be one of {STARTS}, found {start!r}")
 
@@ -26,7 +27,11 @@ def sampled(x: jax.Array) -> jax.Array:
     return x if x.size <= SAMPLE else x[jax.random.randint(jax.random.key(0), (SAMPLE,), 0, x.size)]
 
 
-def best_clip(x: jax.Array, bit_widths: Sequence[int], on_grid: Callable[..., jax.Array]) -> jax.Array:
+# (x, clipping level, bits) -> x on the grid that ends at that level
+OnGrid = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def best_clip(x: jax.Array, bit_widths: Sequence[int], on_grid: OnGrid) -> jax.Array:
     """[K]: for each bit-width the clipping level t of least mean (on_grid(x, t, bits) - x)^2, among FRACTIONS of them.
 
     A tensor of zeros has no scale; any positive number serves: 1.
@@ -35,7 +40,7 @@ def best_clip(x: jax.Array, bit_widths: Sequence[int], on_grid: Callable[..., ja
     levels = top * jnp.logspace(-2, 0, FRACTIONS, dtype=x.dtype)
     widths = jnp.asarray(bit_widths, jnp.int32)
 
-    def errors(level):
+    def errors(level: jax.Array) -> jax.Array:
         return jax.vmap(lambda bits: jnp.square(on_grid(x, level, bits) - x).mean())(widths)
 
     return jnp.where(top > 0, levels[jax.lax.map(errors, levels).argmin(0)], 1)

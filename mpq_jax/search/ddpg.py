@@ -99,13 +99,13 @@ def learner(state_size: int, settings: Agents) -> Learner:
         )
         target = batch.rewards - baseline + settings.discount * (1 - batch.ends) * following
 
-        def critic_loss(q):
+        def critic_loss(q: Any) -> jax.Array:
             return jnp.square(critic.apply(q, batch.states, batch.actions) - target).mean()
 
         moves, critic_state = critic_optimizer.update(jax.grad(critic_loss)(agent.critic), agent.critic_state)
         q = optax.apply_updates(agent.critic, moves)
 
-        def actor_loss(mu):
+        def actor_loss(mu: Any) -> jax.Array:
             values: Any = critic.apply(q, batch.states, actor.apply(mu, batch.states))
             return -values.mean()
 

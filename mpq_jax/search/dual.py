@@ -7,6 +7,7 @@ in a time that is known beforehand.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -158,7 +159,13 @@ def _radius(problem: Problem, share: np.ndarray, spread: float) -> float:
     return spread / max(float(room.min()), 1e-4)
 
 
-def _ellipsoid(evaluate, best, radius: float, count: int, tolerance: float) -> None:
+def _ellipsoid(
+    evaluate: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    best: Callable[[], float],
+    radius: float,
+    count: int,
+    tolerance: float,
+) -> None:
     """Deep-cut ellipsoid method over u >= 0, sum u <= radius; `evaluate` keeps the best."""
     centre = np.full(count, radius / 2)
     matrix = np.eye(count) * radius**2 / 4 * count

@@ -41,7 +41,7 @@ def shares_of(theta: Mapping[str, jax.Array], problem: Problem) -> jax.Array:
 def form(problem: Problem) -> supernet.Form:
     """The one-branch form: no noise, no temperature."""
 
-    def shares(theta, key, step):
+    def shares(theta: Mapping[str, jax.Array], key: jax.Array, step: jax.Array) -> jax.Array:
         del key, step
         return shares_of(theta, problem)
 

@@ -27,6 +27,9 @@ from mpq_jax.search.problem import Problem
 from mpq_jax.search.supernet import NEVER
 from mpq_jax.types import Bits, Refusal
 
+Axes = int | tuple[int, int]
+Softmax = Callable[[jax.Array, int, Axes], jax.Array]  # (logits, number of the call, axes) -> shares
+
 # ---- theta --------------------------------------------------------------------------------------------------------
 
 
@@ -38,9 +41,7 @@ def init_theta(problem: Problem) -> dict[str, jax.Array]:
     return theta | ({"shared": shared} if problem.tied else {})
 
 
-def shares_of(
-    theta: Mapping[str, jax.Array], problem: Problem, softmax: Callable[[jax.Array, int, int | tuple[int, int]], Any]
-) -> jax.Array:
+def shares_of(theta: Mapping[str, jax.Array], problem: Problem, softmax: Softmax) -> jax.Array:
     """[L, Kw, Ka]: each row's shares, which add up to 1; those of tied rows agree on the activation bits.
 
     softmax(logits, number, axes): the softmax over axes; `number` tells the calls apart (for noise).
@@ -57,17 +58,18 @@ def shares_of(
     return jnp.stack(shares)
 
 
-def gumbel_softmax(key: jax.Array, temperature: jax.Array) -> Callable[..., jax.Array]:
+def gumbel_softmax(key: jax.Array, temperature: jax.Array) -> Softmax:
     """softmax((theta + g) / T), g ~ Gumbel(0, 1) (Jang et al. 2017; DNAS)."""
 
-    def softmax(logits, number, axes):
+    def softmax(logits: jax.Array, number: int, axes: Axes) -> jax.Array:
         noise = jax.random.gumbel(jax.random.fold_in(key, number), logits.shape)
         return jax.nn.softmax((logits + noise) / temperature, axes)
 
     return softmax
 
 
-def plain_softmax(logits: jax.Array, number: int, axes: Any) -> jax.Array:
+def plain_softmax(logits: jax.Array, number: int, axes: Axes) -> jax.Array:
+    """softmax(theta): no noise, T = 1."""
     del number
     return jax.nn.softmax(logits, axes)
 
@@ -76,7 +78,7 @@ def gumbel_form(problem: Problem, settings: Gumbel) -> supernet.Form:
     """DNAS's form; T falls exponentially over the steps of theta."""
     steps = max(1, settings.steps - settings.warmup_steps)
 
-    def shares(theta, key, step):
+    def shares(theta: Mapping[str, jax.Array], key: jax.Array, step: jax.Array) -> jax.Array:
         done = jnp.clip((step - settings.warmup_steps) / steps, 0, 1)
         temperature = settings.temperature * (settings.end_temperature / settings.temperature) ** done
         return shares_of(theta, problem, gumbel_softmax(key, temperature))

@@ -220,7 +220,7 @@ def in_child(function: Callable[..., Answer], arguments: tuple[Any, ...], second
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
-    def work():
+    def work() -> None:
         # HiGHS prints a banner; the child's standard output is nobody's.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         try:

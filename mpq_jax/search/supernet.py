@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from mpq_jax import ops
-from mpq_jax.interpret import Call
+from mpq_jax.interpret import Call, Handler
 from mpq_jax.joint import Task
 from mpq_jax.layers import LayerSpec
 from mpq_jax.mixture import mixture, on_grid
@@ -25,9 +25,10 @@ from mpq_jax.types import QuantizedModel
 NEVER = -1e9  # logit of bits that are not allowed
 # shares float32 [L, Kw, Ka] of the problem's rows: how much of each pair of bits a layer is
 Shares = jax.Array
+Metrics = dict[str, jax.Array]
 
 
-def supernet_layer(model: QuantizedModel) -> Callable[..., Any]:
+def supernet_layer(model: QuantizedModel) -> Handler:
     """Handler of DNAS's form: y = sum_ij m_ij conv(Q_i(w), Q_j(x)).
 
     A product is linear in its weight, so the sum over i is taken before it: Ka products in place of Kw Ka.
@@ -46,7 +47,7 @@ def supernet_layer(model: QuantizedModel) -> Callable[..., Any]:
     return handler
 
 
-def one_branch_layer(model: QuantizedModel) -> Callable[..., Any]:
+def one_branch_layer(model: QuantizedModel) -> Handler:
     """Handler of EdMIPS's form: y = conv(sum_i p_i Q_i(w), sum_j q_j Q_j(x)), p and q the sums of the shares over the
     other's bits."""
 
@@ -72,6 +73,7 @@ class _Layer:
         self.weight, self.activation = (lhs, rhs) if call.weight_side == 0 else (rhs, lhs)
 
     def product(self, weight: jax.Array, activation: jax.Array) -> jax.Array:
+        """The layer's own product of these two in place of its operands."""
         return self._product(*((weight, activation) if self._call.weight_side == 0 else (activation, weight)))
 
     def _place(self, leaf: jax.Array) -> jax.Array:
@@ -153,7 +155,7 @@ class State(NamedTuple):
 class Form(NamedTuple):
     """One form of the search: its layer, and shares(theta, key, step) -> [L, Kw, Ka]."""
 
-    layer: Callable[[QuantizedModel], Callable[..., Any]]
+    layer: Callable[[QuantizedModel], Handler]
     shares: Callable[[Any, jax.Array, jax.Array], Shares]
 
 
@@ -163,6 +165,7 @@ def init_state(
     weights: optax.GradientTransformation,
     thetas: optax.GradientTransformation,
 ) -> State:
+    """The state before the first step, from variables with step sizes."""
     params = variables["params"]
     stats = {name: tree for name, tree in variables.items() if name != "params"}
     return State(params, stats, theta, weights.init((params, {})), thetas.init(theta), jnp.zeros((), jnp.int32))
@@ -180,7 +183,7 @@ def make_step(
     settings: Supernet,
     seed: int,
     dropout: bool = False,
-) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[State, Metrics]]:
     """step(state, batches, key, fixed) -> (state, {"losses": [CE of the weights, loss of theta], "cost": []}).
 
     batches: {"weights": batch, "theta": batch}, of separate splits: the weights and step sizes take a step on the one,
@@ -190,7 +193,9 @@ def make_step(
     handler = form.layer(model)
     table = jnp.asarray(cost, jnp.float32).reshape(-1, *problem.widths)
 
-    def cross_entropy(params, stats, shares, batch, rngs):
+    def cross_entropy(
+        params: Any, stats: Any, shares: Shares, batch: Any, rngs: dict[str, jax.Array] | None
+    ) -> tuple[jax.Array, Any]:
         variables = {"params": params, **stats}
         values = layer_values(model, problem, variables, shares)
         outputs, updates, _ = model.walk(
@@ -198,7 +203,7 @@ def make_step(
         )
         return task.loss(outputs, batch), updates
 
-    def step(state: State, batches: Mapping[str, Any], key: jax.Array, fixed: Any = None):
+    def step(state: State, batches: Mapping[str, Any], key: jax.Array, fixed: Any = None) -> tuple[State, Metrics]:
         del key, fixed
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), 4)
         rngs = [{"dropout": k} if dropout else None for k in keys[2:]]
@@ -210,7 +215,7 @@ def make_step(
         moves, weights_optimizer = weights.update((grads, {}), state.weights_optimizer, trained)
         params, _ = optax.apply_updates(trained, moves)
 
-        def theta_loss(theta):
+        def theta_loss(theta: Any) -> tuple[jax.Array, jax.Array]:
             shares = form.shares(theta, keys[1], state.step)
             ce, _ = cross_entropy(params, stats, shares, batches["theta"], rngs[1])
             spent = (table * shares).sum() + fixed_cost

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from mypy import api as mypy
 
 import mpq_jax
 
@@ -29,6 +30,103 @@ def test_public_names_are_there_and_typed():
         assert getattr(mpq_jax, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         _ = mpq_jax.quantise
+
+
+PROGRAM = """
+from typing import Any
+import jax
+import optax
+from flax import linen as nn
+from mpq_jax import *
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(10)(nn.relu(nn.Dense(16)(x)))
+
+def quantizers() -> list[Quantizer]:
+    return [lsq(per_channel=True), pact(clip_penalty=0.0), qil("same"), lq_nets()]
+
+def prepare(x: jax.Array) -> tuple[QuantizedModel, dict[str, Any]]:
+    net = Net()
+    rules = [("Dense_0", "w2/4,a4"), ("Dense_1", Bits(8, 8))]
+    model = quantize(net, x, bit_widths=(2, 4), rules=rules, ends=None, quantizer=lsq())
+    return model, model.calibrate(net.init(jax.random.key(0), x), x)
+
+def train(model: QuantizedModel, variables: dict[str, Any], batch: dict[str, jax.Array], task: Task) -> TrainState:
+    optimizer = partition(model, optax.sgd(0.1), log_space(optax.adam(0.1)))
+    state: TrainState = init_state(variables, optimizer, rows=3)
+    step = make_step(model, task, optimizer, random=1, distill=Distill(0.5))
+    rows = uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
+    state, metrics = step(state, batch, jax.random.key(1), rows)
+    losses: jax.Array = metrics["losses"]
+    drawn = random_rows(jax.random.key(2), model.layers, model.bit_widths, model.activation_bit_widths, 3)
+    loss, _ = joint_loss(model, task, state.params, state.rows, drawn, batch)
+    evaluate, statistics = make_evaluate(model, task), make_batch_statistics(model, task)
+    print(loss + losses.sum(), evaluate, statistics, row_variables(state, 0)["params"])
+    return state
+
+def search(importance: Importance, path: str) -> Solution:
+    layers: tuple[Layer, ...] = importance.layers
+    pairs: tuple[Interaction, ...] = importance.interactions
+    widths = importance.bit_widths, importance.activation_bit_widths
+    budgets: list[Budget] = parse_budgets(["bitops=W3A3"], layers, *widths)
+    try:
+        solution = solve(importance, budgets)
+    except Refusal as refusal:
+        raise SystemExit(str(refusal)) from None
+    policy: Policy = solution.policy
+    rows = stack([policy, uniform(layers, 4, 4), *random_policies(importance, budgets, 2)])
+    print(bitops(layers, policy), size(layers, policy), solution.gap, rows, pairs, best_uniform(importance, budgets))
+    save_importance(path, importance)
+    save_policy(path, solution, "")
+    load_policy(path, layers, *widths)
+    return solution
+
+def main(config: Config, x: jax.Array, labels: jax.Array) -> jax.Array:
+    model, variables = prepare(x)
+    state = train(model, variables, {"image": x, "label": labels}, classification())
+    solution = search(learned(model, row_variables(state, 0)), f"{config.model.name}.json")
+    outputs: jax.Array = model.apply(variables, solution.policy, x, exact=True)
+    print(search(load_importance("importance.json"), "again.json").objective, __version__)
+    return outputs
+"""
+# (as in the program, with a mistake, what mypy calls it)
+MISTAKES = (
+    ("bit_widths=(2, 4)", 'bit_widths="2,4"', "arg-type"),
+    ("rows=3", "row=3", "call-arg"),
+    ("x, exact=True", "x, exact=1.5", "arg-type"),
+    ("solution.gap", "solution.gaps", "attr-defined"),
+    ("lsq(per_channel", "lsq(per_chanel", "call-arg"),
+    ('parse_budgets(["bitops=W3A3"], layers', "parse_budgets([3], layers", "list-item"),
+)
+
+
+def test_a_program_with_every_public_name_passes_a_strict_type_check(tmp_path, monkeypatch, request):
+    """mypy --strict on a user's program; then on it with mistakes, which it would not see if our names were untyped."""
+    names = {node.id for node in ast.walk(ast.parse(PROGRAM)) if isinstance(node, ast.Name)}
+    assert set(mpq_jax.__all__) <= names
+    monkeypatch.setenv("MYPYPATH", str(ROOT))
+    (tmp_path / "mypy.ini").write_text("[mypy]\nfollow_imports = silent\nignore_missing_imports = true\n")
+    cache = request.config.cache.mkdir("mypy")  # kept between runs: JAX is read once
+
+    def checked(text):
+        (tmp_path / "program.py").write_text(text)
+        options = ["--strict", "--config-file", tmp_path / "mypy.ini", "--cache-dir", cache, tmp_path / "program.py"]
+        said, failed, status = mypy.run([str(option) for option in options])
+        assert not failed, failed
+        return said, status
+
+    said, status = checked(PROGRAM)
+    assert status == 0, said
+    broken = PROGRAM
+    for right, wrong, _ in MISTAKES:
+        assert broken.count(right) == 1
+        broken = broken.replace(right, wrong)
+    said, status = checked(broken)
+    assert status == 1 and sorted(
+        line.rpartition("[")[2][:-1] for line in said.splitlines() if ": error:" in line
+    ) == sorted(kind for *_, kind in MISTAKES), said
 
 
 def test_a_submodule_never_takes_the_place_of_a_public_name():

@@ -17,6 +17,8 @@ from mpq_jax.types import Refusal
 
 @dataclasses.dataclass(frozen=True)
 class Data:
+    """The data set, and how its images are read."""
+
     name: str = "digits"  # digits, fashion_mnist, cifar10, imagenet2012, or any TFDS image classification set
     data_dir: str = ""  # where prepared sets lie; empty: data/ here, then ~/tensorflow_datasets
     validation_fraction: float = 0.1  # cut from the training split
@@ -27,6 +29,8 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
+    """The float model."""
+
     name: str = "resnet8"  # a name in mpq_jax.models, or "my_package.module:factory"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # JSON; passed to the model
     dtype: str = "float32"  # compute type: float32 or bfloat16; step sizes stay float32
@@ -35,6 +39,8 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
+    """The method and the candidates; `quantized_model.quantize` says what each means."""
+
     quantizer: str = "lsq"  # lsq, pact, qil or lq_nets
     bit_widths: tuple[int, ...] = (2, 3, 4, 5, 6)
     activation_bit_widths: tuple[int, ...] = ()  # empty: as bit_widths
@@ -52,6 +58,8 @@ class Quantize:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
+    """Training of the float model: SGD, learning rate falling as a cosine after a linear warm-up."""
+
     steps: int = 400  # 0: by epochs
     epochs: float = 0.0
     batch_size: int = 128
@@ -64,6 +72,8 @@ class Pretrain:
 
 @dataclasses.dataclass(frozen=True)
 class Joint:
+    """Joint training of all bit-widths (LIMPQ); PAPER_JOINT has the paper's own values."""
+
     steps: int = 300
     epochs: float = 0.0
     batch_size: int = 64
@@ -91,11 +101,15 @@ class Joint:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
+    """What every search of the run respects."""
+
     rules: tuple[str, ...] = ()  # "regex=value" of search.py --rule; kept in importance.json, all hold together
 
 
 @dataclasses.dataclass(frozen=True)
 class Finetune:
+    """Training with one policy (LIMPQ); PAPER_FINETUNE has the paper's own values."""
+
     start: str = "joint"  # weights and step sizes from the joint model, or from float
     steps: int = 300
     epochs: float = 0.0
@@ -115,6 +129,8 @@ class Finetune:
 
 @dataclasses.dataclass(frozen=True)
 class Criteria:
+    """How criteria are measured; each names the settings that change it (`criteria.CRITERIA`)."""
+
     samples: int = 1024  # training images that criteria measure on
     batch_size: int = 64
     step_sizes: str = "calibrated"  # of the quantization errors: calibrated, or joint (learned)
@@ -141,6 +157,8 @@ class Logs:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """All settings of a run. In an option's name: --seed, --joint.steps."""
+
     seed: int = 0
     data: Data = Data()
     model: Model = Model()
@@ -222,7 +240,10 @@ def options(config: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def override(config: Config, arguments: Sequence[str]) -> Config:
-    """`config` with ["--key", "value", "--key=value", ...] applied; unknown keys are refused with the nearest one."""
+    """`config` with ["--key", "value", "--key=value", ...] applied.
+
+    Raises Refusal for an unknown key, naming the nearest, for one without a value, and for a value of another type.
+    """
     known = options(config)
     changes: dict[str, Any] = {}
     rest = list(arguments)
@@ -299,6 +320,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=as_typed(program), description=as_typed(first), allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
+        """Raises Refusal."""
         raise Refusal(f"{message} ({self.prog} --help lists all options)")
 
 

@@ -98,17 +98,24 @@ def _layer_latency(latency: Latency) -> Callable[[Layer, Bits], float]:
 
 
 def policy_cost(cost: Callable[[Layer, Bits], Any], layers: Sequence[Layer], policy: Policy) -> Any:
-    """The sum over all layers, fixed ones at theirs."""
+    """The sum of cost(layer, bits) over all layers, fixed ones at theirs."""
     return sum(cost(layer, layer.bits if layer.bits is not None else policy[layer.path]) for layer in layers)
 
 
 def bitops(layers: Sequence[Layer], policy: Policy) -> int:
-    """BitOps of a policy, fixed layers included."""
+    """BitOps of a policy for one sample, sum_l macs_l w_l a_l (LIMPQ section 3.3), fixed layers included.
+
+    With weight bits per output channel, see `layer_bitops`. Raises KeyError for a searched layer that the policy lacks,
+    and Refusal for a list of bits that is not one for each output channel.
+    """
     return policy_cost(layer_bitops, layers, policy)
 
 
 def size(layers: Sequence[Layer], policy: Policy) -> int:
-    """Bytes of all packed kernels of a policy, fixed layers included."""
+    """Bytes of all packed kernels of a policy, sum_l ceil(params_l w_l / 8), fixed layers included.
+
+    Raises as `bitops` does.
+    """
     return policy_cost(layer_size, layers, policy)
 
 
@@ -215,8 +222,11 @@ def parse_budgets(
     activation_bit_widths: Sequence[int],
     latency: Latency | None = None,
 ) -> list[Budget]:
-    """Budgets from texts such as "bitops=W3A4"; see design of each form in EXAMPLES.
+    """Budgets from texts such as "bitops=W3A4"; EXAMPLES has the forms of each.
 
+    Units: BitOps for one sample (bitops), bytes of packed kernels (size), ms (latency), bytes of one layer's input and
+    output for one sample (memory), bits (wbits: the mean over weights; abits: over elements of the layers' inputs).
+    bit_widths, activation_bit_widths: Kw and Ka candidates, the axes of the tables [L, Kw, Ka]. latency: `load_latency`.
     W3A4 is what the same model costs with every searched layer at W3A4, fixed layers at theirs. Limits in numbers are
     rounded down to whole units. Raises Refusal for anything else, and for two limits on the same cost.
     """
@@ -299,7 +309,10 @@ def add(terms: Iterable[int | float]) -> int | float:
 
 
 def used(budget: Budget, policy: Policy, importance: Importance) -> int | float:
-    """What a policy spends of a budget: exact for counted costs."""
+    """What a policy spends of a budget, in the table's unit, fixed layers included: exact for counted costs.
+
+    Raises Refusal for weight bits per output channel in a latency budget.
+    """
     searched = [layer for layer in importance.layers if layer.searched]
     entries = [_entry(budget, row, layer, policy[layer.path], importance) for row, layer in enumerate(searched)]
     return max([budget.fixed, *entries]) if budget.largest else add([budget.fixed, *entries])
@@ -331,7 +344,7 @@ def shown(budget: Budget, value: int | float) -> int | float:
 def load_latency(path: str | Path) -> Latency:
     """Reads a latency.json: {"unit": "ms", "layers": {path: {"8,8": ms}}}; other keys say how it was measured.
 
-    Raises Refusal for anything else.
+    -> {path: {(weight bits, activation bits): ms}}. Raises Refusal for anything else.
     """
     value = read_json(path, "mpq-latency", 1, MEASURE_LATENCY)
     if value.get("unit") != "ms" or not isinstance(value.get("layers"), dict):

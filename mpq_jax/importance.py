@@ -26,6 +26,7 @@ def save_importance(path: str | Path, importance: Importance, about: Mapping[str
     """Writes an importance.json, whole or not at all.
 
     about: what else is to be known of the table, plain JSON values; kept under "about", which no reader needs.
+    Raises OSError where the file cannot be written, ValueError for numbers that are not finite.
     """
     value: dict[str, Any] = {
         "format": FORMAT,
@@ -64,7 +65,10 @@ def layer_to_json(layer: Layer) -> dict[str, Any]:
 
 
 def load_importance(path: str | Path) -> Importance:
-    """Reads an importance.json. Raises Refusal, in one line, for anything that the format does not allow."""
+    """Reads an importance.json; the tables are float64, [L, Kw] and [L, Ka], or [L, Kw, Ka] for "pair".
+
+    Raises Refusal, in one line, for anything that the format does not allow.
+    """
     value = read_json(path, FORMAT, VERSION, MADE_BY)
 
     def refuse(what: str) -> Refusal:

@@ -275,6 +275,7 @@ def run(arguments: argparse.Namespace, config: config_lib.Config, clock: Callabl
 
 
 def main(argv: Sequence[str] | None = None, clock: Callable[[], float] = time.perf_counter) -> int:
+    """The command. -> exit code: 0; 2 for a Refusal, 130 for an interruption, each said in one line."""
     try:
         run(*parse(argv), clock)
     except Refusal as refusal:

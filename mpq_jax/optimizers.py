@@ -52,7 +52,10 @@ def quantizer_leaves(model: QuantizedModel, which: str) -> frozenset[str]:
 def partition(
     model: QuantizedModel, weights: optax.GradientTransformation, step_sizes: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """`step_sizes` for the quantizer's trained leaves, nothing for its state leaves, `weights` for all else."""
+    """`step_sizes` for the quantizer's trained leaves, nothing for its state leaves, `weights` for all else.
+
+    Of the pair (parameter tree, affine copies of the rows) that `joint.make_step` trains, {} for no such copies.
+    """
     trained, state = quantizer_leaves(model, "leaves"), quantizer_leaves(model, "state")
 
     def label(path: Iterable[Any], _: Any) -> str:
@@ -67,14 +70,17 @@ def partition(
 
 
 def schedule(peak: float, steps: int, *, warmup: int = 0, end: float = 0.0) -> Callable[[Any], Any]:
-    """Linear warm-up to `peak`, then cosine to `end`, over `steps` optimizer steps."""
+    """step -> learning rate: linear warm-up to `peak`, then cosine to `end`, over `steps` optimizer steps."""
     if warmup:
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end)
     return optax.cosine_decay_schedule(peak, max(steps, 1), end / peak if peak else 0.0)
 
 
 def sgd(rate: Any, momentum: float, weight_decay: float, clip: float = 0.0) -> optax.GradientTransformation:
-    """SGD with Nesterov's momentum off, weight decay added to the gradient (torch's), gradients clipped by value."""
+    """SGD with plain momentum and weight decay added to the gradient, as torch has it.
+
+    rate: a number or a schedule. clip: the largest |gradient| of an element, before weight decay; 0: no clipping.
+    """
     parts = [optax.clip(clip)] if clip else []
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay))

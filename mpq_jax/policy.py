@@ -35,6 +35,7 @@ def uniform(
 ) -> dict[str, Bits]:
     """Every searched layer at W{w}A{a}, or at its candidate nearest to it; fixed layers at theirs.
 
+    bit_widths, activation_bit_widths: candidates of layers that have none of their own; (): any width.
     Tied layers share the nearest of the activation bits that all of them allow.
     Raises Refusal where tied layers allow none in common.
     """
@@ -134,7 +135,8 @@ def save_policy(path: str | Path, solution: Solution, importance_sha256: str) ->
     """Writes a policy.json, whole or not at all.
 
     "bits": path -> [w, a], or [[w of each output channel], a]. "bound" is null where nothing is proved ("status" is
-    then "feasible", and "objective" the loss that the search measured on held-out data).
+    then "feasible", and "objective" the loss that the search measured on held-out data). importance_sha256: of the file
+    that was searched, "" for none. Raises OSError where the file cannot be written.
     """
     write_json(
         path,
@@ -189,7 +191,8 @@ def _bits(path: str | Path, name: str, entry: Any) -> Bits:
 def stack(policies: Sequence[Mapping[str, Bits]]) -> dict[str, Bits]:
     """Policies as one stack {path: Bits(int32 [P], int32 [P])}, NumPy.
 
-    `w` is [P, C] for a layer that has weight bits per output channel in any of them.
+    `w` is [P, C] for a layer that has weight bits per output channel in any of them. The layers are those of the first;
+    raises KeyError where another lacks one of them.
     """
 
     def column(values: Sequence[Any]) -> np.ndarray:

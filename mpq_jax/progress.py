@@ -34,6 +34,7 @@ class Bar:
             self._tqdm.set_postfix_str(text)
 
     def close(self) -> None:
+        """Ends the bar; says the last line where that was not said yet."""
         if self._tqdm is not None:
             self._tqdm.close()
         elif self._done > self._said_at:

@@ -61,8 +61,8 @@ def quantize(
     allow_unreached: leaves in float, without an error, what no rule excludes and tracing cannot reach.
     variables: the model's variables, or their shapes, where `model.init` should not be asked.
 
-    Raises Refusal for a product with a parameter that was not reached, for rules that match nothing, and for
-    bit-widths that no grid has.
+    Raises Refusal for a model that is neither Linen nor NNX or has no layer, for a product with a parameter that was
+    not reached, for rules that match nothing, and for bit-widths that no grid has.
     """
     quantizer = quantizer or lsq()
     widths = check_widths(bit_widths, "bit_widths")

@@ -48,6 +48,7 @@ class Made(NamedTuple):
 
     @property
     def at(self) -> tuple[Any, ...]:
+        """What every export function takes first: model, variables, policy, shape of one sample."""
         return self.run.model, self.variables, self.policy, self.run.dataset.image_shape
 
 

@@ -107,6 +107,7 @@ class Node(NamedTuple):
 
     @property
     def name(self) -> str:
+        """JAX's name of the operation, e.g. "add"."""
         return self.eqn.primitive.name
 
 
@@ -119,6 +120,7 @@ class Graph(NamedTuple):
 
     @property
     def products(self) -> tuple[Node, ...]:
+        """The nodes that are layers."""
         return tuple(node for node in self.nodes if node.product)
 
 

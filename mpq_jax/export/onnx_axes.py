@@ -28,6 +28,7 @@ def transpose(w: Writer, node: Node) -> None:
 
 
 def reshape(w: Writer, node: Node) -> None:
+    """Elements keep their order. Raises Refusal where a transpose is part of it."""
     if node.eqn.params.get("dimensions") is not None:
         raise w.refuse(node, "a reshape that transposes", "transpose first")
     x, out = node.inputs[0], node.outputs[0]
@@ -35,6 +36,7 @@ def reshape(w: Writer, node: Node) -> None:
 
 
 def broadcast(w: Writer, node: Node) -> None:
+    """New axes by Unsqueeze, then Expand."""
     x, out = node.inputs[0], node.outputs[0]
     axes = node.eqn.params["broadcast_dimensions"]
     between = [x.shape[axes.index(i)] if i in axes else 1 for i in range(len(out.shape))]
@@ -45,10 +47,12 @@ def broadcast(w: Writer, node: Node) -> None:
 
 
 def squeeze(w: Writer, node: Node) -> None:
+    """Axes of length 1 that go."""
     w.put(node.outputs[0], w.emit("Squeeze", w.full(node.inputs[0]), w.integers(node.eqn.params["dimensions"])))
 
 
 def concatenate(w: Writer, node: Node) -> None:
+    """Along one axis, whatever order the tensors are stored in."""
     order = w.order(node.inputs)
     names = []
     for x in node.inputs:
@@ -60,12 +64,14 @@ def concatenate(w: Writer, node: Node) -> None:
 
 
 def stack(w: Writer, node: Node) -> None:
+    """Along a new axis."""
     axis = node.eqn.params["axis"]
     names = [w.emit("Unsqueeze", w.full(x), w.integers([axis])) for x in node.inputs]
     w.put(node.outputs[0], w.emit("Concat", *names, axis=axis))
 
 
 def split(w: Writer, node: Node) -> None:
+    """Along one axis, into parts of known lengths."""
     sizes = w.integers([int(n) for n in node.eqn.params["sizes"]])
     names = w.emit("Split", w.full(node.inputs[0]), sizes, outputs=len(node.outputs), axis=node.eqn.params["axis"])
     for out, name in zip(node.outputs, names, strict=True):
@@ -92,12 +98,14 @@ def cut(
 
 
 def slice_(w: Writer, node: Node) -> None:
+    """A slice at a known place."""
     p, x = node.eqn.params, node.inputs[0]
     steps = p["strides"] or [1] * len(x.shape)
     w.put(node.outputs[0], cut(w, w.full(x), p["start_indices"], p["limit_indices"], steps, x.shape))
 
 
 def dynamic_slice(w: Writer, node: Node) -> None:
+    """A slice whose place turned out to be known. Raises Refusal where it depends on the input."""
     x, *starts = node.inputs
     sizes = node.eqn.params["slice_sizes"]
     places = [int(s.value) for s in starts if isinstance(s, Constant)]
@@ -114,6 +122,7 @@ def dynamic_slice(w: Writer, node: Node) -> None:
 
 
 def reverse(w: Writer, node: Node) -> None:
+    """Axes turned around: a Slice with steps of -1."""
     axes = list(node.eqn.params["dimensions"])
     ends = np.iinfo(np.int64)
     name = w.emit(
@@ -128,6 +137,7 @@ def reverse(w: Writer, node: Node) -> None:
 
 
 def pad(w: Writer, node: Node) -> None:
+    """At the ends of axes; negative padding cuts. Raises Refusal for padding between elements."""
     x, fill = node.inputs
     config = node.eqn.params["padding_config"]
     if any(inner for _, _, inner in config):
@@ -140,7 +150,10 @@ def pad(w: Writer, node: Node) -> None:
 
 
 def gather(w: Writer, node: Node) -> None:
-    """A gather with known places on all axes but one, which is what indexing makes: slices, then one Gather."""
+    """A gather with known places on all axes but one, which is what indexing makes: slices, then one Gather.
+
+    Raises Refusal for any other.
+    """
     x, indices = node.inputs
     numbers, sizes, out = node.eqn.params["dimension_numbers"], node.eqn.params["slice_sizes"], node.outputs[0]
     axes = numbers.start_index_map
@@ -203,6 +216,7 @@ def _stored(w: Writer, x: Value | Constant) -> tuple[str, tuple[int, ...]]:
 
 
 def reduce(w: Writer, node: Node) -> None:
+    """Sum, largest, least or product over axes, in the order that the tensor is stored in."""
     name, order = _stored(w, node.inputs[0])
     axes = node.eqn.params["axes"]
     left = [a for a in order if a not in axes]
@@ -211,6 +225,7 @@ def reduce(w: Writer, node: Node) -> None:
 
 
 def reduce_logical(w: Writer, node: Node) -> None:
+    """All or any over axes: ONNX reduces numbers only, so by way of int32."""
     numbers = w.emit("Cast", w.full(node.inputs[0]), to=element_type("int32"))
     op = "ReduceMin" if node.name == "reduce_and" else "ReduceMax"
     reduced = w.reduce(op, numbers, node.eqn.params["axes"])
@@ -218,6 +233,7 @@ def reduce_logical(w: Writer, node: Node) -> None:
 
 
 def arg(w: Writer, node: Node) -> None:
+    """Where the largest or the least stands along an axis: the first of equals, in JAX and in ONNX."""
     op = {"argmax": "ArgMax", "argmin": "ArgMin"}[node.name]
     found = w.emit(op, w.full(node.inputs[0]), axis=node.eqn.params["axes"][0], keepdims=0)
     dtype = np.dtype(node.outputs[0].dtype).name
@@ -225,12 +241,16 @@ def arg(w: Writer, node: Node) -> None:
 
 
 def cumsum(w: Writer, node: Node) -> None:
+    """Sums up to each place of an axis, from either end."""
     axis = w.constant(np.int64(node.eqn.params["axis"]))
     w.put(node.outputs[0], w.emit("CumSum", w.full(node.inputs[0]), axis, reverse=int(node.eqn.params["reverse"])))
 
 
 def pool(w: Writer, node: Node) -> None:
-    """Windows over some axes of a tensor of which the first and one more (the channels) are untouched."""
+    """Windows over some axes of a tensor of which the first and one more (the channels) are untouched.
+
+    Raises Refusal where these are not, and for an average over a window with gaps.
+    """
     p, x, out = node.eqn.params, node.inputs[0], node.outputs[0]
     windows, strides, padding = p["window_dimensions"], p["window_strides"], p["padding"]
     dilation = p["window_dilation"]
@@ -256,7 +276,7 @@ def pool(w: Writer, node: Node) -> None:
 
 
 def iota(w: Writer, node: Node) -> None:
-    """Of a symbolic shape: the others were known."""
+    """0, 1, 2, … along one axis of a symbolic shape; iotas of known shapes are constants of the graph."""
     out, axis = node.outputs[0], node.eqn.params["dimension"]
     dtype = np.dtype(out.dtype)
     length = out.shape[axis]
@@ -272,5 +292,6 @@ def iota(w: Writer, node: Node) -> None:
 
 
 def dimension(w: Writer, node: Node) -> None:
+    """The length of a symbolic dimension, worked out when the model runs."""
     scalar = w.emit("Squeeze", w.dimensions([node.eqn.params["dim"]]), w.integers([0]))
     w.put(node.outputs[0], w.emit("Cast", scalar, to=element_type(np.dtype(node.outputs[0].dtype).name)))

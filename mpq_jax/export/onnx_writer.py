@@ -39,6 +39,7 @@ class Names:
         self.used: set[str] = set()
 
     def fresh(self, wanted: str) -> str:
+        """The wanted name, or the first of wanted.2, wanted.3, … that is free."""
         name, i = wanted, 1
         while name in self.used:
             i += 1
@@ -84,11 +85,13 @@ class Writer:
         return self.found[key]
 
     def integers(self, values: Sequence[int]) -> str:
+        """The name of an int64 initializer, [len(values)]."""
         return self.constant(np.asarray(values, np.int64))
 
     # ---- values -----------------------------------------------------------------------------------------------
 
     def put(self, value: Value, name: str, order: Sequence[int] | None = None) -> None:
+        """Says which tensor holds a value, and in which order of its axes; None: its own."""
         self.values[value.number] = Stored(name, tuple(range(len(value.shape))) if order is None else tuple(order))
 
     def order(self, inputs: Sequence[Value | Constant]) -> tuple[int, ...]:
@@ -141,6 +144,7 @@ class Writer:
         return self.emit("Concat", *parts, axis=0)
 
     def reshape(self, name: str, before: Sequence[Any], after: Sequence[Any]) -> str:
+        """The tensor in another shape; with several symbolic dimensions that is worked out when the model runs."""
         before, after = tuple(before), tuple(after)
         if before == after:
             return name
@@ -157,12 +161,14 @@ class Writer:
         return self.emit("Expand", name, self.dimensions(target))
 
     def reduce(self, op: str, name: str, axes: Sequence[int], keep: bool = False) -> str:
+        """A reduction over these places of the tensor's axes, in the form that the opset has."""
         attributes: dict[str, Any] = {"keepdims": int(keep)}
         if op != "ReduceSum" and self.opset < 18:
             return self.emit(op, name, axes=list(axes), **attributes)
         return self.emit(op, name, self.integers(axes), **attributes)
 
     def refuse(self, node: Node, what: str, instead: str) -> Refusal:
+        """The Refusal of a node, to be raised: what ONNX lacks there, and what to do instead."""
         return Refusal(f"{node.name} at {node.where}: {what}; {instead}")
 
     # ---- the file ---------------------------------------------------------------------------------------------
@@ -189,6 +195,7 @@ class Writer:
 
 @functools.cache
 def element_type(dtype: str) -> int:
+    """ONNX's number for a NumPy dtype's name."""
     return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
 

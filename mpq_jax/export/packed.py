@@ -50,10 +50,12 @@ class Sizes(NamedTuple):
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of all payloads: what a size budget counts."""
         return sum(line.bytes for line in self.weights)
 
     @property
     def file_bytes(self) -> int:
+        """Bytes of the file."""
         return self.weight_bytes + sum(line.bytes for line in self.others) + self.header
 
 

@@ -145,10 +145,12 @@ class Differences(NamedTuple):
 
     @property
     def differing(self) -> int:
+        """Codes that differ, over all layers."""
         return sum(differ for differ, _ in self.codes.values())
 
     @property
     def all_codes(self) -> int:
+        """Codes that were compared, over all layers."""
         return sum(count for _, count in self.codes.values())
 
 

@@ -32,6 +32,7 @@ def lq_nets(start: str = "statistics") -> Quantizer:
     gradient moves the basis: `update` does, once a training step (the paper's quantization error minimization).
     start: "statistics": from the even grid of least squared error, codes and least squares alternate 20 times;
         "same": an even grid with a spacing of 0.1 / b in every layer.
+    Raises ValueError for another start.
     """
     check_start(start)
 

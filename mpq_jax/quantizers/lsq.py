@@ -89,6 +89,7 @@ def lsq(
     gradient_scale: multiply the step size's gradient by g = 1 / sqrt(Q_P * elements of x), elements counted over the
         batch as in LIMPQ's code (a batch in LSQ's paper leaves it out).
     ewgs: the EWGS gradient of rounding, with the paper's fixed delta of 1e-3, in place of the straight-through one.
+    Raises ValueError for another start.
     """
     check_start(start)
 

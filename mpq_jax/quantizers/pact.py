@@ -35,6 +35,7 @@ def pact(start: str = "statistics", *, rescale: bool = True, clip_penalty: float
         factor out again; a layer without one (a classifier, a transformer's) needs it to do what it was trained for.
         False: as in the paper, w_hat in [-1, 1].
     clip_penalty: lambda of the loss term lambda a^2 (PACT), for every layer and row.
+    Raises ValueError for another start.
     """
     check_start(start)
     activation = TensorQuantizer(

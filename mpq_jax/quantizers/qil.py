@@ -37,6 +37,7 @@ def qil(start: str = "statistics", *, rescale: bool = True) -> Quantizer:
     rescale: multiply x_hat by c + d, the interval's upper end, so that it stands for x in the units of x. A
         normalisation layer behind takes any such factor out again; a layer without one needs it to do what it was
         trained for. False: as in the paper, x_hat in [-1, 1].
+    Raises ValueError for another start.
     """
     check_start(start)
 

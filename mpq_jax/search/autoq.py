@@ -45,6 +45,7 @@ class Space(NamedTuple):
     budgets: tuple[Budget, ...]
 
     def policy(self, rows: Sequence[Chosen]) -> dict[str, Bits]:
+        """Bits of the searched layers, one width for each output channel."""
         return {
             layer.path: Bits(tuple(row.w), row.a)
             for layers, row in zip(self.layers, rows, strict=True)

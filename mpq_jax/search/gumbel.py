@@ -200,18 +200,22 @@ class TrainingLog:
         self._lines: list[dict[str, float]] = []
 
     def load(self, step: int) -> None:
+        """Takes what the file says of the steps before `step`, where a training goes on."""
         if step and self._path.exists():
             lines = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
             self._lines = [line for line in lines if line["step"] < step]
             self._before = self._lines[-1]["seconds"] if self._lines else 0.0
 
     def seconds(self) -> float:
+        """Since the start of the search, those before a kill included."""
         return self._before + self._clock() - self._began
 
     def add(self, step: int, metrics: Mapping[str, np.ndarray]) -> None:
+        """Notes one step, in memory."""
         weights, theta = (float(loss) for loss in metrics["losses"])
         line = {"step": step, "weights_loss": weights, "theta_loss": theta, "cost": float(metrics["cost"])}
         self._lines.append({**line, "seconds": round(self.seconds(), 3)})
 
     def flush(self) -> None:
+        """Writes the file, whole or not at all."""
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))

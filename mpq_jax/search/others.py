@@ -24,7 +24,8 @@ def best_uniform(
     """("W3A3", policy): of all WiAj that fit, the one of least importance (of equals, the one with more bits).
 
     A layer that a candidate list or a rule keeps from those bits has the nearest it may have. None where not even the
-    narrowest fits.
+    narrowest fits. alpha: weights' factor; None: the table's own, or 1.
+    Raises Refusal where rules and candidates leave a layer no bits.
     """
     found = []
     for name, policy in uniform_policies(importance):
@@ -77,6 +78,7 @@ def random_policies(
     Drawn uniformly, then moved by random single changes towards the budget, so that no layer is favoured. Fewer come
     back, none in most cases, where 200 tries in a row find no such policy: a budget above what the widest policy
     costs, or another budget that binds first. A first budget on the largest layer only has to hold.
+    Raises Refusal where rules and candidates leave a layer no bits.
     """
     rng = np.random.default_rng(seed)
     problem = build(importance, budgets)

@@ -193,9 +193,7 @@ def make_step(
     handler = form.layer(model)
     table = jnp.asarray(cost, jnp.float32).reshape(-1, *problem.widths)
 
-    def cross_entropy(
-        params: Any, stats: Any, shares: Shares, batch: Any, rngs: dict[str, jax.Array] | None
-    ) -> tuple[jax.Array, Any]:
+    def cross_entropy(params: Any, stats: Any, shares: Shares, batch: Any, rngs: Any) -> tuple[jax.Array, Any]:
         variables = {"params": params, **stats}
         values = layer_values(model, problem, variables, shares)
         outputs, updates, _ = model.walk(

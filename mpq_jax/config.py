@@ -150,6 +150,8 @@ class Criteria:
 
 @dataclasses.dataclass(frozen=True)
 class Logs:
+    """What is written of a run beside log.jsonl, which every stage's folder has."""
+
     tensorboard: bool = False  # also to WORKDIR/tensorboard; needs tensorboardX
     wandb: str = ""  # also to Weights & Biases, as a run of this project; needs wandb
     profile: int = 0  # steps of each stage that are traced, to WORKDIR/profile; train.py --profile: 10

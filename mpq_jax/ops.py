@@ -19,7 +19,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 Kernels = Literal["rows", "smooth", "plain"]
-Product = Callable[[jax.Array, jax.Array], jax.Array]  # (lhs, rhs) -> out
+Contraction = Callable[[jax.Array, jax.Array], jax.Array]  # (lhs, rhs) -> out
 # What JAX's own functions take of these primitives' parameters.
 FIELDS = {
     "dot_general": ("dimension_numbers", "precision", "preferred_element_type"),
@@ -37,7 +37,7 @@ FIELDS = {
 }
 
 
-def contract(primitive: str, params: dict[str, Any], kernels: Kernels = "rows") -> Product:
+def contract(primitive: str, params: dict[str, Any], kernels: Kernels = "rows") -> Contraction:
     """The function (lhs, rhs) -> out of a "dot_general" or "conv_general_dilated" with these jaxpr parameters."""
     plain = _plain(primitive, params)
     if kernels == "plain":
@@ -52,12 +52,12 @@ def contract(primitive: str, params: dict[str, Any], kernels: Kernels = "rows") 
     return convolution
 
 
-def _plain(primitive: str, params: dict[str, Any]) -> Product:
+def _plain(primitive: str, params: dict[str, Any]) -> Contraction:
     function = lax.dot_general if primitive == "dot_general" else lax.conv_general_dilated
     return functools.partial(function, **{name: params[name] for name in FIELDS[primitive]})
 
 
-def _rows_one_by_one(function: Product) -> Product:
+def _rows_one_by_one(function: Contraction) -> Contraction:
     """`function` of two arrays, with a batching rule: a loop where both have a row axis, else JAX's own rule."""
 
     @custom_vmap
@@ -74,7 +74,7 @@ def _rows_one_by_one(function: Product) -> Product:
     return one
 
 
-def _by_rows(plain: Product) -> Product:
+def _by_rows(plain: Contraction) -> Contraction:
     """`plain` (bilinear) with rows one by one in the forward pass and in both gradients."""
     forward = _rows_one_by_one(plain)
 

@@ -48,7 +48,7 @@ def load_safetensors(path: str | Path, model_name: str, variables: Any) -> Any:
     Raises Refusal for a model without such naming, a file that is missing or not whole, tensors that are missing or
     left over, and tensors of another shape.
     """
-    tensors = _normalized(_read(path), model_name)
+    tensors = _normalised(_read(path), model_name)
     leaves, tree = jax.tree_util.tree_flatten_with_path(variables)
     sources = [_sources(model_name, _names(key), leaf) for key, leaf in leaves]
     _check_names(path, model_name, tensors, {s.tensor for found in sources for s in found})
@@ -104,7 +104,7 @@ def _read(path: str | Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _normalized(tensors: Mapping[str, np.ndarray], model_name: str) -> dict[str, np.ndarray]:
+def _normalised(tensors: Mapping[str, np.ndarray], model_name: str) -> dict[str, np.ndarray]:
     """The tensors without the "module." of a parallel wrapper, aliases of small ResNets replaced."""
     result = {name.removeprefix("module."): value for name, value in tensors.items()}
     if model_name in ("resnet8", "resnet20"):

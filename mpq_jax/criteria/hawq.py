@@ -154,10 +154,10 @@ def eigenvalues(
 
 
 # (variables, mask, v [G, ...], batch) -> H v [G, ...] of each group's own Hessian
-Product = Callable[[Any, Any, Any, Batch], Any]
+HessianProduct = Callable[[Any, Any, Any, Batch], Any]
 
 
-def _weight_product(loss: Callable[..., jax.Array], shapes: Any) -> Product:
+def _weight_product(loss: Callable[..., jax.Array], shapes: Any) -> HessianProduct:
     """G = 1: the Hessian of the batch's mean loss."""
 
     def product(variables: Any, mask: Any, v: Any, batch: Batch) -> Any:
@@ -167,7 +167,7 @@ def _weight_product(loss: Callable[..., jax.Array], shapes: Any) -> Product:
     return product
 
 
-def _sample_product(loss: Callable[..., jax.Array], shapes: Any) -> Product:
+def _sample_product(loss: Callable[..., jax.Array], shapes: Any) -> HessianProduct:
     """G = B: each sample's own."""
 
     def product(variables: Any, mask: Any, v: Any, batch: Batch) -> Any:

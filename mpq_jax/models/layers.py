@@ -1,4 +1,4 @@
-"""What the convolutional models share: convolutions padded as torch pads them, normalization, the first layer."""
+"""What the convolutional models share: convolutions padded as torch pads them, normalisation, the first layer."""
 
 import flax.linen as nn
 import jax
@@ -44,7 +44,7 @@ def norm(train: bool, dtype: Dtype, name: str, zero: bool = False) -> nn.BatchNo
 
 
 class Stem(nn.Module):
-    """First convolution and its normalization: [B, H, W, C] -> [B, H', W', features]. The activation is the model's."""
+    """First convolution and its normalisation: [B, H, W, C] -> [B, H', W', features]. The activation is the model's."""
 
     features: int
     size: int

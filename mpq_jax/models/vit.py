@@ -32,7 +32,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalized before and added to its input: [B, N, D] -> [B, N, D].
+    """Attention and MLP, each normalised before and added to its input: [B, N, D] -> [B, N, D].
 
     `train` is a field, not an argument: nn.remat and nn.scan then see arrays only.
     """

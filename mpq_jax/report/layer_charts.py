@@ -18,7 +18,7 @@ from mpq_jax.types import Bits, Layer
 
 FLOAT = 16  # wider than this is float: its bar would flatten all others
 HEAD, PANEL, CELL = 22, 112, 20  # px: a panel's title, the height of its bars, of a cell of the heat map
-NARROW, WIDE, LETTER = 280, 940, 6.6  # px: the width of a plot on a phone and on a desk, of a letter of a label
+NARROW, WIDE, LETTER = 280, 940, 7.2  # px: the width of a plot on a phone and on a desk, of a letter of a label
 MOST_BANDS = 40
 
 
@@ -63,7 +63,7 @@ class Panel(NamedTuple):
 
 
 class BitsChart(NamedTuple):
-    """others: contestant -> a level line for each bar of each column, where its bits are."""
+    """others: contestant -> a level line for each bar of each searched layer, where its bits are."""
 
     height: float
     panels: tuple[Panel, ...]
@@ -95,10 +95,13 @@ class HeatPanel(NamedTuple):
 
 
 class HeatMap(NamedTuple):
+    """dot: the radius of the marks of what was chosen, px."""
+
     height: float
     panels: tuple[HeatPanel, ...]
     cells: tuple[Cell, ...]
     axis: Layers
+    dot: int
 
 
 # ---- the axis of layers --------------------------------------------------------------------------------------------
@@ -109,15 +112,30 @@ def layer_axis(layers: Sequence[Layer]) -> Layers:
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, count) if count / step <= 12 or step == count)
     shown = [1, *range(step, count + 1, step)] if step > 1 else range(1, count + 1)
     numbers = tuple(Tick(100 * (n - 0.5) / count, str(n)) for n in dict.fromkeys(shown))
-    groups = [list(group) for _, group in itertools.groupby(range(count), lambda i: layers[i].path.split("/")[0])]
-    if len(groups) > MOST_BANDS:
-        return Layers(numbers, ())
-    return Layers(numbers, tuple(_band(layers[group[0]].path.split("/")[0], group, count) for group in groups))
+    return Layers(numbers, tuple(_band(name, group, count) for name, group in _bands(layers)))
+
+
+def _bands(layers: Sequence[Layer]) -> list[tuple[str, list[int]]]:
+    """(name, neighbours whose paths begin alike): at the first depth at which none of them holds most of the layers.
+
+    None at all where that makes more bands than can be told apart.
+    """
+    found: list[tuple[str, list[int]]] = []
+    for depth in range(1, 8):
+        starts = [layer.path.split("/")[:depth] for layer in layers]
+        groups = [list(group) for _, group in itertools.groupby(range(len(layers)), starts.__getitem__)]
+        if len(groups) > MOST_BANDS:
+            break
+        found = [(starts[group[0]][-1], group) for group in groups]
+        if max(map(len, groups)) <= max(2, len(layers) / 2):
+            break
+    return found
 
 
 def _band(name: str, group: Sequence[int], count: int) -> Band:
     width, needed = len(group) / count, len(name) * LETTER + 8
-    narrow, wide = (width * max(at, plot_width(count)[0]) for at in (NARROW, WIDE))
+    least, most = plot_width(count)
+    narrow, wide = (width * max(least, min(room, most)) for room in (NARROW, WIDE))
     shown = "" if needed <= narrow else "wide" if needed <= wide else "never"
     return Band(100 * group[0] / count, 100 * width, name, shown)
 
@@ -151,6 +169,7 @@ def bits_chart(report: Report) -> BitsChart:
         name: tuple(
             _bar(i, len(layers), width, rows, panel)
             for i, each in enumerate(bits)
+            if layers[i].searched
             for width, panel in zip(_widths(each), panels, strict=True)
         )
         for name, bits in everyone.items()
@@ -218,7 +237,8 @@ def heat_map(report: Report) -> HeatMap:
         bottom = top + CELL * len(widths)
         panels.append(HeatPanel(f"{kind}s", top, bottom, marks, *_legend(scale, finite(known))))
         top, rows = bottom + HEAD + 10, rows + len(widths)
-    return HeatMap(panels[-1].bottom + 44, tuple(panels), tuple(cells), layer_axis(table.layers))
+    dot = 4 if len(table.layers) <= 24 else 3 if len(table.layers) <= 60 else 2
+    return HeatMap(panels[-1].bottom + 44, tuple(panels), tuple(cells), layer_axis(table.layers), dot)
 
 
 def _heat_scale(known: Sequence[float]) -> Scale | None:

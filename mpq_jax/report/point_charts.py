@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from mpq_jax import costs
 from mpq_jax.report import words
-from mpq_jax.report.curve import CurvePoint
+from mpq_jax.report.curves import CurvePoint
 from mpq_jax.report.scales import Tick, scale_of, ticks
 from mpq_jax.report.tables import Report
 
@@ -127,18 +127,19 @@ def accuracy_chart(report: Report) -> AccuracyChart:
     """One row a contestant, in the order of the table; the axis holds all dots and whiskers."""
     ends = []
     for row in report.accuracy:
-        spread = words.spread_of(row) or 0.0
-        ends += [100 * (row.accuracy - spread), 100 * (row.accuracy + spread)]
+        reach = words.spread_of(row) or 0.0
+        ends += [100 * (row.accuracy - reach), 100 * (row.accuracy + reach)]
     scale = scale_of(ends, margin=0.1)
     lines = []
     for k, row in enumerate(report.accuracy):
         spread, known = words.spread_of(row), math.isfinite(row.accuracy)
-        whisker: list[float | None] = [None, None]
+        low: float | None = None
+        high: float | None = None
         if known and spread is not None and math.isfinite(spread):
-            whisker = [100 * scale.at(100 * (row.accuracy + side * spread)) for side in (-1, 1)]
-        title = f"{row.name}\n{words.accuracy(row)} % on the test set\n{costs.human(row.bitops, 'BitOps')} BitOps"
+            low, high = (100 * scale.at(100 * (row.accuracy + side * spread)) for side in (-1, 1))
+        title = f"{row.name}\n{words.measured(row)} on the test set\n{costs.human(row.bitops, 'BitOps')} BitOps"
         at = 100 * scale.at(100 * row.accuracy) if known else None
         chosen = row.name.split(" ")[0] == "mixed"
-        lines.append(Line(row.name, 18 + ROW * k, at, *whisker, words.accuracy(row), chosen, title))
+        lines.append(Line(row.name, 18 + ROW * k, at, low, high, words.accuracy(row), chosen, title))
     across = tuple(Tick(100 * scale.at(value), f"{value:g}") for value in ticks(scale, 5))
     return AccuracyChart(ROW * len(lines) + 28, tuple(lines), across)

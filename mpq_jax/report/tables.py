@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpq_jax import costs, policy
-from mpq_jax.report.curve import Curve
+from mpq_jax.report.curves import Curve
 from mpq_jax.types import Bits, Importance, Layer, Policy
 
 

@@ -32,8 +32,8 @@ class Verdict(NamedTuple):
 
 
 def printable(value: Any) -> Any:
-    """Text without what a page cannot show; other values as they are."""
-    return _UNPRINTABLE.sub("\ufffd", value) if isinstance(value, str) else value
+    """Text without what a page cannot show; other values, and text that is markup already, as they are."""
+    return _UNPRINTABLE.sub("\ufffd", value) if type(value) is str else value
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -67,6 +67,11 @@ def accuracy(row: AccuracyRow) -> str:
     """ "87.76", "88.00 ± 1.23"."""
     spread = spread_of(row)
     return percent(row.accuracy) + (f" ± {percent(spread)}" if spread is not None else "")
+
+
+def measured(row: AccuracyRow) -> str:
+    """The accuracy with its unit: "87.76 %"."""
+    return accuracy(row) + (" %" if math.isfinite(row.accuracy) else "")
 
 
 def points(difference: float) -> str:
@@ -109,7 +114,7 @@ def verdict(report: Report) -> Verdict:
     if mixed is None:
         headline, lines = _predicted(report)
     elif uniform is None:
-        headline = f"The mixed policy reaches {accuracy(mixed)} % on the test set; no uniform policy stands beside it."
+        headline = f"The mixed policy reaches {measured(mixed)} on the test set; no uniform policy stands beside it."
         lines = []
     else:
         headline, lines = _measured(report, mixed, uniform)
@@ -119,7 +124,7 @@ def verdict(report: Report) -> Verdict:
 def _measured(report: Report, mixed: AccuracyRow, uniform: AccuracyRow) -> tuple[str, list[str]]:
     apart = mixed.accuracy - uniform.accuracy
     error = standard_error(report, mixed, uniform)
-    both = f"{accuracy(mixed)} % against {accuracy(uniform)} %"
+    both = f"{measured(mixed)} against {measured(uniform)}"
     if not math.isfinite(apart):
         return f"The mixed policy and {uniform.name} cannot be compared: {both}.", []
     size = f"{abs(100 * apart):.2f} points"
@@ -163,8 +168,9 @@ def _predicted(report: Report) -> tuple[str, list[str]]:
         return "Nothing has been measured yet.", [told]
     both = f"{number(ours)} against {number(theirs)}"
     if not theirs or ours >= theirs:
-        return f"The table predicts no less harm than {beside}: {both}.", [told]
-    return f"The table predicts {100 * (theirs - ours) / abs(theirs):.1f} % less harm than {beside}: {both}.", [told]
+        return f"The table predicts no less harm from the mixed policy than from {beside}: {both}.", [told]
+    less = f"{100 * (theirs - ours) / abs(theirs):.1f} % less harm"
+    return f"The table predicts {less} from the mixed policy than from {beside}: {both}.", [told]
 
 
 def objective(report: Report, name: str) -> float | None:
@@ -183,13 +189,13 @@ def _figures(report: Report, mixed: AccuracyRow | None) -> list[Figure]:
     found = []
     if mixed:
         plain = row_of(report, "float")
-        found.append(Figure("Test accuracy", f"{accuracy(mixed)} %", f"float {accuracy(plain)} %" if plain else ""))
+        found.append(Figure("Test accuracy", measured(mixed), f"float {measured(plain)}" if plain else ""))
     for label, unit, value, whole in (("BitOps", "BitOps", bitops, floats[0]), ("Weights", "bytes", size, floats[1])):
         times = f"{whole / value:.1f}× fewer than float" if value else ""
         note = times.replace("fewer", "smaller") if unit == "bytes" else times
         found.append(Figure(label, costs.human(value, unit), note))
     for name, (used, limit, unit) in report.used.items():
-        found.append(Figure(f"Of the {name} budget", f"{percent(used / limit)} %", f"limit {costs.human(limit, unit)}"))
+        found.append(Figure(f"{name} budget used", f"{percent(used / limit)} %", f"limit {costs.human(limit, unit)}"))
     if report.solution and report.solution.get("status"):
         proved = report.solution["status"] == "optimal"
         note = (

@@ -51,6 +51,9 @@
     hide();
     active = mark;
     mark.classList.add("on");
+    // Drawn after its neighbours, so that they do not cover its edge.
+    const over = mark.querySelector(".cell") && mark.parentNode.querySelector(".pick");
+    if (over) mark.parentNode.insertBefore(mark, over);
     const [first, ...rest] = mark.dataset.tip.split("\n");
     const name = document.createElement("b");
     name.textContent = first;

@@ -36,7 +36,7 @@ def check_out(out: Path, read: Sequence[Path | None], option: str = "--out") -> 
     if out.is_dir():
         raise Refusal(f"{option} {out} is a folder; name a file in it")
     if any(path is not None and _same(out, path) for path in read):
-        raise Refusal(f"{option} {out} would replace a file that this command reads; give another {option}")
+        raise Refusal(f"{option} {out} would replace a file that this command reads or writes; give another {option}")
     above = next((parent for parent in out.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
         raise Refusal(f"{option} {out} cannot be written: {above} is no folder; give another {option}")

@@ -4,10 +4,12 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# Nuñez, Anderton and Renslow's cividis (PLoS ONE 2018) at 17 even steps: read alike with and without colour blindness.
+# Nuñez, Anderton and Renslow's cividis (PLoS ONE 2018) at 33 even steps: read alike with and without colour blindness.
 CIVIDIS = (
-    *("#00224e", "#002e6a", "#1a386f", "#32436d", "#434e6c", "#535a6d", "#61656f", "#6f7073", "#7d7c78"),
-    *("#8c8878", "#9b9476", "#aba072", "#bcae6c", "#cdbb63", "#dec958", "#f0d846", "#fee838"),
+    *("#00224e", "#00285b", "#002e6a", "#053371", "#1a386f", "#273e6e", "#32436d", "#3b496c", "#434e6c"),
+    *("#4b546c", "#535a6d", "#5a5f6e", "#61656f", "#686a71", "#6f7073", "#767676", "#7d7c78", "#848279"),
+    *("#8c8878", "#938e78", "#9b9476", "#a39a74", "#aba072", "#b4a76f", "#bcae6c", "#c4b468", "#cdbb63"),
+    *("#d5c25e", "#dec958", "#e7d150", "#f0d846", "#f9e03a", "#fee838"),
 )
 
 

@@ -17,8 +17,9 @@ from mpq_jax.report.tables import Report, bits_text, chosen_bits, importance_tab
 from mpq_jax.types import Bits, Layer
 
 FLOAT = 16  # wider than this is float: its bar would flatten all others
+GUTTER = 46  # px: left of a plot, for the bits; page.css has it too
 HEAD, PANEL, CELL = 22, 112, 20  # px: a panel's title, the height of its bars, of a cell of the heat map
-NARROW, WIDE, LETTER = 280, 940, 7.2  # px: the width of a plot on a phone and on a desk, of a letter of a label
+NARROW, WIDE, LETTER = 326, 986, 7.2  # px: the width of a plot on a phone and on a desk, of a letter of a label
 MOST_BANDS = 40
 
 
@@ -135,14 +136,14 @@ def _bands(layers: Sequence[Layer]) -> list[tuple[str, list[int]]]:
 def _band(name: str, group: Sequence[int], count: int) -> Band:
     width, needed = len(group) / count, len(name) * LETTER + 8
     least, most = plot_width(count)
-    narrow, wide = (width * max(least, min(room, most)) for room in (NARROW, WIDE))
+    narrow, wide = (width * (max(least, min(room, most)) - GUTTER) for room in (NARROW, WIDE))
     shown = "" if needed <= narrow else "wide" if needed <= wide else "never"
     return Band(100 * group[0] / count, 100 * width, name, shown)
 
 
 def plot_width(layers: int) -> tuple[int, int]:
-    """(least, most) px of a plot over layers: 150 of them stay apart, one does not fill the page."""
-    return max(160, 4 * layers), max(240, 84 * layers)
+    """(least, most) px of a plot over layers, its gutter included: 150 of them stay apart, one does not fill the page."""
+    return GUTTER + max(160, 4 * layers), GUTTER + max(200, 80 * layers)
 
 
 # ---- bits ----------------------------------------------------------------------------------------------------------

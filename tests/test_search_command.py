@@ -138,7 +138,7 @@ def test_report_without_jax(place, more):
     assert done.returncode == 0 and f"report: {written}" in done.stdout, done.stderr
     saved = json.loads((place / "policy.json").read_text())
     root = taken_apart(written.read_text())
-    layers = {row[1].split()[0]: row[-2] for row in rows_of(table_named(root, "Layers in execution order"))}
+    layers = {row[1].split()[0]: row[-4] for row in rows_of(table_named(root, "Layers in execution order"))}
     assert layers == {path: "float" if w == 32 else f"W{w}A{a}" for path, (w, a) in saved["bits"].items()}
     used, limit = saved["budgets"]["bitops"]["used"], saved["budgets"]["bitops"]["limit"]
     assert rows_of(table_named(root, "spends of each budget"))[0][-1] == f"{used:,} of {limit:,}"

@@ -28,15 +28,23 @@ def whole(path: str | Path) -> Iterator[Path]:
             os.unlink(name)
 
 
-def check_out(out: Path, read: Sequence[Path | None]) -> None:
-    """Raises Refusal for a place where no file can be written, or where it would replace a file that is read."""
+def check_out(out: Path, read: Sequence[Path | None], option: str = "--out") -> None:
+    """Raises Refusal for a place where no file can be written, or where it would replace a file that is read.
+
+    option: what the place was given with.
+    """
     if out.is_dir():
-        raise Refusal(f"--out {out} is a folder; name a file in it")
-    if any(path is not None and path.exists() and out.exists() and out.samefile(path) for path in read):
-        raise Refusal(f"--out {out} would replace a file that this command reads; give another --out")
+        raise Refusal(f"{option} {out} is a folder; name a file in it")
+    if any(path is not None and _same(out, path) for path in read):
+        raise Refusal(f"{option} {out} would replace a file that this command reads or writes; give another {option}")
     above = next((parent for parent in out.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
-        raise Refusal(f"--out {out} cannot be written: {above} is no folder; give another --out")
+        raise Refusal(f"{option} {out} cannot be written: {above} is no folder; give another {option}")
+
+
+def _same(one: Path, other: Path) -> bool:
+    both = one.exists() and other.exists()
+    return one.samefile(other) if both else one.resolve() == other.resolve()
 
 
 def write_text(path: str | Path, text: str) -> None:

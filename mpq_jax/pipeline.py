@@ -23,7 +23,7 @@ from mpq_jax.numerics import at_bits
 from mpq_jax.search import best_uniform, random_policies
 from mpq_jax.search.constraints import check_search_rules
 from mpq_jax.types import Bits, Budget, Importance, Policy, QuantizedModel, Refusal
-from mpq_jax.workdir import importance_of, latest_step
+from mpq_jax.workdir import importance_of, latest_step, settings
 
 # (name, policies that its row is the mean of)
 Contestant = tuple[str, list[dict[str, Bits]]]
@@ -100,7 +100,7 @@ def _tables(table: Importance) -> dict[str, Any]:
 
 
 def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
-    """Fine-tunes the policy and those it is compared with, measures all once on the test set, writes report.md."""
+    """Fine-tunes the policy and those it is compared with, measures all once on the test set, writes report.md and .html."""
     found_with = importance_of(workdir, policy_path)
     table = importance.load_importance(found_with)
     mixed = policy.load_policy(policy_path, table.layers, table.bit_widths, table.activation_bit_widths)
@@ -136,13 +136,17 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
         grids=_grids(run.model, joint.row_variables(joint_state, 0, averaged=True) if joint_state else start, table),
         depthwise_pairs=depthwise_pairs(run.model),
         provenance=_provenance(config, found_with, policy_path),
+        config=settings(config),
+        test_samples=run.dataset.sizes["test"],
+        solution=saved,
+        **_curve(table, budgets, mixed),
         **_indicators(workdir),
     )
     path = report.write(made, workdir)
     results = [row._asdict() for row in rows]
     write_json(workdir / "results.json", {"format": "mpq-results", "version": 1, "rows": results})
     print(report.terminal_table(made))
-    print(f"report: {path}")
+    print(f"report: {path.with_suffix('.html')} (for a browser), {path}")
     return path
 
 
@@ -248,6 +252,14 @@ def depthwise_pairs(model: QuantizedModel) -> list[tuple[str, str]]:
     kinds = {path: spec.kind for spec in model.specs.values() for path in spec.paths}
     searched = [layer.path for layer in model.layers if layer.searched]
     return [(a, b) for a, b in itertools.pairwise(searched) if kinds[a] == "depthwise" and kinds[b] != "depthwise"]
+
+
+def _curve(table: Importance, budgets: Sequence[Budget], mixed: Policy) -> dict[str, Any]:
+    """The frontier beside the policy; or why there is none: no report fails for the want of it."""
+    try:
+        return {"curve": report.curve(table, budgets, mixed)}
+    except Refusal as refusal:
+        return {"curve": None, "no_curve": f"There is no frontier: {refusal}."}
 
 
 def _indicators(workdir: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mpq_jax import config as config_lib
 from mpq_jax.files import read_json, write_json
@@ -41,6 +42,14 @@ def release(workdir: Path) -> None:
     if [path.name for path in workdir.iterdir()] == ["config.json"]:
         (workdir / "config.json").unlink()
         workdir.rmdir()
+
+
+def settings(config: config_lib.Config) -> dict[str, Any]:
+    """The config as JSON, for others to read: without what changes nothing that comes out (where data lies, workers)."""
+    value = config_lib.to_json(config)
+    for section, _, name in (key.partition(".") for key in _FREE):
+        del value[section][name]
+    return value
 
 
 def load_config(workdir: Path) -> config_lib.Config:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_reports import rows_of, table_named, taken_apart
 
 import search
 import train
@@ -93,6 +94,14 @@ def test_search_and_finetune(place, capsys):
     assert rows[-1]["bitops"] == by_hand == policy["budgets"]["bitops"]["used"]
     assert rows[0]["bitops"] == sum(layer.macs for layer in table.layers) * 1024
     assert all(0 <= row["accuracy"] <= 1 and np.isfinite(row["loss"]) for row in rows)
+    page = taken_apart((run / "report.html").read_text())
+    assert f"report: {run / 'report.html'}" in shown
+    accuracies = {cells[0]: cells[1] for cells in rows_of(table_named(page, "Contestants"))}
+    assert accuracies["mixed"] == f"{100 * rows[-1]['accuracy']:.2f}" and list(accuracies) == names
+    settings = dict(rows_of(table_named(page, "config")))
+    assert settings["joint.steps"] == "6" and "data.data_dir" not in settings and str(place) not in page.text
+    points = [row for row in rows_of(table_named(page, "Policies by their cost")) if row[0] == "mixed"]
+    assert float(points[0][2]) == pytest.approx(policy["objective"], rel=1e-5)
     report = (run / "report.md").read_text()
     assert "mixed" in report and len(list((run / "figures").glob("*.png"))) >= 3
 

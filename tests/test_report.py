@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mpq_jax import Bits, Importance, Layer, report
-from mpq_jax.report import figures, tables
+from mpq_jax.report import figures, page, tables
 from mpq_jax.report.write import markdown
 
 DRAWN = ("bits_per_layer", "importance_maps", "all_indicators", "depthwise_against_pointwise", "weight_grids")
@@ -82,14 +82,14 @@ def test_written_whole(tmp_path, layers, depthwise):
         with Image.open(tmp_path / link) as image:
             image.load()
             assert image.format == "PNG" and image.size[0] > 500 and len(np.unique(np.asarray(image))) > 10
-    assert files(tmp_path) == {"report.md", *links} and path == tmp_path / "report.md"
+    assert files(tmp_path) == {"report.md", "report.html", *links} and path == tmp_path / "report.md"
     assert ("no searched depthwise layer" in text) != depthwise
     assert "://" not in text
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", [*DRAWN, "html"])
 def test_nothing_half_written(old, tmp_path, monkeypatch, name):
-    """Where one figure fails, nothing of the new report is written, and an earlier report stays."""
+    """Where one figure or the page fails, nothing of the new report is written, and an earlier report stays."""
 
     def broken(_):
         raise RuntimeError("no ink")
@@ -98,9 +98,10 @@ def test_nothing_half_written(old, tmp_path, monkeypatch, name):
         return figures._figure(1, 1)
 
     before = {file: (old / file).read_bytes() for file in files(old)}
-    assert len(before) == 6
+    assert len(before) == 7
     for each in DRAWN:
         monkeypatch.setattr(figures, each, broken if each == name else quick)
+    monkeypatch.setattr(page, "html", broken if name == "html" else page.html)
     for directory in (tmp_path, old):
         with pytest.raises(RuntimeError, match="no ink"):
             report.write(made()._replace(title="another"), directory)

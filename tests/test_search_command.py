@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from made_reports import rows_of, table_named, taken_apart
 from tables import cost_by_hand, made
 
 import search
@@ -96,6 +97,10 @@ REFUSED = [
     (["--import-limpq", "x.pkl"], "add --config"),
     (["--budget", "wbits=2", "--budget", "size=W2", "--rule", "layer2=w4"], "least reachable"),
     (["--describe", "--config", "configs/none.py"], "does not exist"),
+    (["--frontier", "4", "--report", "{0}/r.html"], "give it with --budget"),
+    (["--budget", "bitops=W3A3", "--report", "{0}"], "--report {0} is a folder"),
+    (["--budget", "bitops=W3A3", "--report", "{0}/importance.json"], "give another --report"),
+    (["--budget", "bitops=W3A3", "--report", "{0}/policy.json"], "give another --report"),
 ]
 
 
@@ -106,7 +111,7 @@ def test_refusals(place, capsys, more, words):
     assert search.main(["--importance", str(place / "importance.json"), *more]) == 2
     assert (place / "importance.json").read_bytes() == before
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and words.format(place) in error
     assert [p.name for p in place.iterdir()] == ["importance.json"]
 
 
@@ -120,6 +125,27 @@ def test_without_jax(place, budget, code, cvxpy):
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines()[-1] == str(cvxpy)
     assert "HiGHS" not in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--frontier", "5"]])
+def test_report_without_jax(place, more):
+    """The page has the policy that was written, what it costs, and the frontier; neither JAX nor matplotlib is needed."""
+    written = place / "pages" / "r.html"
+    blocked = GUARD if more else GUARD.replace('"jax", ', '"jax", "matplotlib", ')
+    command = ["--importance", str(place / "importance.json"), "--budget", "bitops=W3A3", "--alpha", "2.5"]
+    command += ["--report", str(written), *more]
+    done = subprocess.run([sys.executable, "-c", blocked, *command], capture_output=True, text=True)
+    assert done.returncode == 0 and f"report: {written}" in done.stdout, done.stderr
+    saved = json.loads((place / "policy.json").read_text())
+    root = taken_apart(written.read_text())
+    layers = {row[1].split()[0]: row[-4] for row in rows_of(table_named(root, "Layers in execution order"))}
+    assert layers == {path: "float" if w == 32 else f"W{w}A{a}" for path, (w, a) in saved["bits"].items()}
+    used, limit = saved["budgets"]["bitops"]["used"], saved["budgets"]["bitops"]["limit"]
+    assert rows_of(table_named(root, "spends of each budget"))[0][-1] == f"{used:,} of {limit:,}"
+    points = rows_of(table_named(root, "Policies by their cost"))
+    assert ("mixed", f"{saved['objective']:.6g}") in [(row[0], row[2]) for row in points]
+    assert sum(row[0] == "best" for row in points) in ((2, 3, 4, 5) if more else range(6, 25))
+    assert "less harm" in next(root.all(of="headline")).text and "2.5 times (alpha)" in root.text
 
 
 def test_rules_on_the_command_line(place, capsys):

@@ -146,6 +146,8 @@ def search(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         return
     out = arguments.out or path.parent / "policy.json"
     check_out(out, (path, arguments.latency))
+    if arguments.report:
+        check_out(arguments.report, (path, arguments.latency, out), "--report")
     table = load_table(arguments, path)
     budgets = parse_budgets(arguments, table.importance, arguments.budget) if arguments.budget else []
     if arguments.method != "ilp":
@@ -157,8 +159,9 @@ def search(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     # Only now: what can be refused has been.
     table = repaired(table)
     chosen = write_policy(arguments, table, budgets, out) if budgets else None
-    if arguments.frontier:
-        write_frontier(arguments, table, budgets, out.parent, chosen)
+    found = write_frontier(arguments, table, budgets, out.parent, chosen) if arguments.frontier else None
+    if arguments.report:
+        write_page(arguments.report, table, budgets, chosen, found)
 
 
 def check_budgets(table: Table, budgets, walked: bool) -> None:
@@ -189,7 +192,7 @@ def write_policy(arguments: argparse.Namespace, table: Table, budgets, out: Path
     return solution
 
 
-def write_frontier(arguments: argparse.Namespace, table: Table, budgets, folder: Path, chosen) -> None:
+def write_frontier(arguments: argparse.Namespace, table: Table, budgets, folder: Path, chosen):
     from mpq_jax.importance import sha256
     from mpq_jax.search import frontier as frontiers
     from mpq_jax.search import show
@@ -207,6 +210,21 @@ def write_frontier(arguments: argparse.Namespace, table: Table, budgets, folder:
     except OSError as error:
         raise Refusal(f"{folder} cannot be written to: {error.strerror}; give another --out") from None
     print(f"frontier: {files[0]}, {files[1]}")
+    return found
+
+
+def write_page(path: Path, table: Table, budgets, solution, found) -> None:
+    """The search as one HTML file. found: the frontier, where it was asked for."""
+    from mpq_jax import report
+    from mpq_jax.files import write_text
+
+    alpha = table.alpha if table.alpha is not None else table.importance.alpha
+    made = report.searched(table.path, table.importance._replace(alpha=alpha), budgets, solution, found)
+    try:
+        write_text(path, report.html(made))
+    except OSError as error:
+        raise Refusal(f"{path} cannot be written: {error.strerror}; give another --report") from None
+    print(f"report: {path}")
 
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

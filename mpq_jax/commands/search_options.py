@@ -45,6 +45,7 @@ def make_parser() -> Parser:
     add("--out", type=Path, help="where the policy is written; default: policy.json beside the importance")
     add("--latency", type=Path, help="latency.json, for a latency budget")
     add("--frontier", type=int, metavar="N", help="also the best policies at N limits of the first budget (bitops)")
+    add("--report", type=Path, metavar="HTML", help="also a page with plots: bits, importance, frontier, budgets")
     add("--policy", type=Path, help="with --check: a policy.json, edited by hand perhaps")
     add("--check", action="store_true", help="what --policy costs, and what it loses against the best")
     add(
@@ -91,6 +92,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         raise Refusal("--policy and --check go together: --policy policy.json --check")
     if arguments.check and arguments.frontier is not None:
         raise Refusal("--check and --frontier are two questions; ask one of them")
+    if arguments.report and (arguments.check or arguments.method != "ilp" or not arguments.budget):
+        raise Refusal("--report shows what an ilp search found; give it with --budget, without --check and --method")
     if arguments.config and not (arguments.describe or arguments.import_limpq):
         raise Refusal("--config goes with --describe or --import-limpq; leave it out, or add one of them")
     if arguments.import_limpq and not arguments.config:

@@ -1,6 +1,12 @@
-"""The report of a run: Markdown, figures, and the same table for the terminal. NumPy and matplotlib, no JAX."""
+"""The report of a run: a page, Markdown with figures, and a table for the terminal. No JAX.
 
+NumPy, Jinja2 and matplotlib, imported where they are needed.
+"""
+
+from mpq_jax.report.curves import Curve, curve
+from mpq_jax.report.page import html
+from mpq_jax.report.searched import searched
 from mpq_jax.report.tables import AccuracyRow, Grid, Report, terminal_table
 from mpq_jax.report.write import write
 
-__all__ = ["AccuracyRow", "Grid", "Report", "terminal_table", "write"]
+__all__ = ["AccuracyRow", "Curve", "Grid", "Report", "curve", "html", "searched", "terminal_table", "write"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpq_jax.policy import mean_weight_bits
-from mpq_jax.report.tables import Grid, Report, chosen_bits, searched_layers, searched_pairs
+from mpq_jax.report.tables import Grid, Report, chosen_bits, importance_table, searched_layers, searched_pairs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +96,7 @@ def importance_maps(report: Report) -> Figure:
     panels = figure.subplots(2, 1, sharex=True)
     widths_of = {"weight": table.bit_widths, "activation": table.activation_bit_widths}
     for axes, (kind, widths) in zip(panels, widths_of.items(), strict=True):
-        values = _importance(report, kind)
+        values = importance_table(report, kind)
         positive = values[values > 0]
         floor = positive.min() if len(positive) else 0.0
         # One value alone spans no logarithmic range.
@@ -199,17 +199,9 @@ def all_indicators(report: Report) -> Figure:
     return figure
 
 
-def _importance(report: Report, kind: str) -> np.ndarray:
-    """[L, K] of "weight" or "activation"; of a pair table, the mean over the other's bit-widths."""
-    table = report.importance
-    if table.pair is not None:
-        return np.asarray(table.pair, float).mean(2 if kind == "weight" else 1)
-    return np.asarray(table.weight if kind == "weight" else table.activation, float)
-
-
 def _indicators(report: Report, kind: str) -> tuple[np.ndarray, str]:
     """([L, K], the axis label): the learned step sizes, or the importance table where there are none."""
     if report.indicators is None:
-        return _importance(report, kind), f"{kind} importance"
+        return importance_table(report, kind), f"{kind} importance"
     unit = "weight units" if kind == "weight" else "activation units"
     return np.asarray(report.indicators[kind], float), f"step size, {unit}"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpq_jax import costs, policy
+from mpq_jax.report.curves import Curve
 from mpq_jax.types import Bits, Importance, Layer, Policy
 
 
@@ -49,6 +50,10 @@ class Report(NamedTuple):
     indicators, initial: {"weight": [L, K], "activation": [L, K]} at the end and at the start of joint training;
     without them the importance table takes their place.
     outliers: (path, kind, bits) that isotonic regression moved. depthwise_pairs: (depthwise, pointwise) paths.
+    config: the run's settings, nested. test_samples: that the accuracies were measured on.
+    solution: "objective", "bound", "status" and "solver" of the search, as policy.json has them.
+    curve: the frontier; where there is none, no_curve says why.
+    accuracy may be empty: then nothing was measured, and the page shows what the importance predicts.
     """
 
     title: str
@@ -62,6 +67,11 @@ class Report(NamedTuple):
     initial: Mapping[str, Any] | None
     outliers: Sequence[tuple[str, str, int]]
     provenance: Mapping[str, str]
+    config: Mapping[str, Any] | None = None
+    test_samples: int | None = None
+    solution: Mapping[str, Any] | None = None
+    curve: Curve | None = None
+    no_curve: str = "The frontier was not asked for."
 
 
 # ---- what the tables and the figures share -------------------------------------------------------------------------
@@ -86,6 +96,14 @@ def chosen_bits(layer: Layer, chosen: Policy) -> Bits:
 def bits_text(bits: Bits) -> str:
     """ "W3A4", "float"; "W2.50A4" for a mean over output channels."""
     return "float" if policy.mean_weight_bits(bits) > 16 else policy.text(bits)
+
+
+def importance_table(report: Report, kind: str) -> np.ndarray:
+    """[L, K] of "weight" or "activation"; of a pair table, the mean over the other's bit-widths."""
+    table = report.importance
+    if table.pair is not None:
+        return np.asarray(table.pair, float).mean(2 if kind == "weight" else 1)
+    return np.asarray(table.weight if kind == "weight" else table.activation, float)
 
 
 def percent(row: AccuracyRow) -> str:

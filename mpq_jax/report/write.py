@@ -1,4 +1,4 @@
-"""Writes report.md and its figures, each whole or not at all."""
+"""Writes report.html, report.md and its figures, each whole or not at all."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mpq_jax.files import whole, write_text
-from mpq_jax.report import figures, tables
+from mpq_jax.report import figures, page, tables
 from mpq_jax.report.tables import Report
 
 NO_DEPTHWISE = "This network has no searched depthwise layer with a searched pointwise one behind it."
 
 
 def write(report: Report, directory: str | Path) -> Path:
-    """Writes <directory>/report.md and PNGs under <directory>/figures/. -> the path of report.md
+    """Writes <directory>/report.html, report.md and PNGs under figures/. -> the path of report.md
 
     All is drawn before anything is written, and report.md is last: where a figure fails, an earlier report stays.
     """
@@ -24,10 +24,11 @@ def write(report: Report, directory: str | Path) -> Path:
         draw(report).savefig(buffer, format="png", dpi=110)
         images[name] = buffer.getvalue()
         links[name] = f"![{alt}](figures/{name}.png)"
-    text = markdown(report, links)
+    text, whole_page = markdown(report, links), page.html(report)
     for name, image in images.items():
         with whole(directory / "figures" / f"{name}.png") as temporary:
             temporary.write_bytes(image)
+    write_text(directory / "report.html", whole_page)
     path = directory / "report.md"
     write_text(path, text)
     return path

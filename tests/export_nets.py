@@ -80,21 +80,34 @@ QUANTIZERS = {
     "channels": lsq(per_channel=True),
     "pact": pact(),
     "qil": qil(),
-    "lq_nets": lq_nets(),
+    "lq_nets": lq_nets("same"),  # its statistics take long to compile
 }
 
 
-def unsettled(variables: Any, seed: int = 1) -> Any:
-    """The variables with statistics, biases and normalisation that are neither 0 nor 1."""
+def drawn(shapes: Any, seed: int = 1) -> Any:
+    """Variables of these shapes, by NumPy: statistics, biases and normalisation that are neither 0 nor 1."""
     rng = np.random.default_rng(seed)
 
-    def change(path, x):
+    def leaf(path, x):
         name = jax.tree_util.keystr(path)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x  # NNX's keys of dropout
         if any(word in name for word in ("bias", "scale", "mean", "var")):
             return jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype)
-        return x
+        return jnp.asarray(rng.standard_normal(x.shape) / np.sqrt(np.prod(x.shape[:-1])), x.dtype)
 
-    return jax.tree_util.tree_map_with_path(change, dict(variables))
+    return jax.tree_util.tree_map_with_path(leaf, dict(shapes))
+
+
+def uneven(variables: Any, seed: int = 2) -> Any:
+    """LQ-Nets' bases moved off the even grids that they start at, as training does it."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, x):
+        moved = "basis" in jax.tree_util.keystr(path)
+        return jnp.asarray(x * rng.uniform(0.8, 1.2, x.shape), x.dtype) if moved else x
+
+    return jax.tree_util.tree_map_with_path(leaf, variables)
 
 
 @functools.cache
@@ -111,8 +124,8 @@ def case(net: str = "net", quantizer: str = "lsq", by_channel: bool = False, see
     widths = (2, 3, 4) if narrow else WIDTHS
     options = {"ends": None if narrow else Bits(8, 8), **options}
     model = quantize(module, images, bit_widths=widths, quantizer=chosen, **options, **kwargs)
-    variables = model.variables if net == "nnx" else module.init(jax.random.key(0), images)
-    variables = jax.jit(lambda v, x: model.calibrate(v, x, **kwargs))(unsettled(variables), images)
+    shapes = model.variables if net == "nnx" else jax.eval_shape(module.init, jax.random.key(0), images)
+    variables = uneven(jax.jit(lambda v, x: model.calibrate(v, x, **kwargs))(drawn(shapes), images))
     rng = np.random.default_rng(seed)
     tied: dict[str, int] = {}
 

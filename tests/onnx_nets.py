@@ -45,7 +45,8 @@ def normalised(quantized: QuantizedModel, variables: Any, x: np.ndarray) -> Any:
     moved, rng = train(variables), np.random.default_rng(1)
 
     def near(old, new):
-        return (new - 0.9 * old) / 0.1 * jnp.asarray(rng.uniform(0.8, 1.2, old.shape), old.dtype)
+        old, new = np.asarray(old), np.asarray(new)
+        return jnp.asarray((new - 0.9 * old) / 0.1 * rng.uniform(0.8, 1.2, old.shape), old.dtype)
 
     return {**variables, "batch_stats": jax.tree.map(near, variables["batch_stats"], moved["batch_stats"])}
 

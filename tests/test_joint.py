@@ -22,6 +22,7 @@ class Net(nn.Module):
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTHS = (2, 3, 4)
 BATCH = {
     "image": jnp.asarray(np.random.default_rng(0).normal(size=(8, 5, 5, 2)), jnp.float32),
@@ -35,8 +36,16 @@ SGD = optax.sgd(0.1)
 def net():
     model = Net()
     quantized = quantize(model, BATCH["image"], bit_widths=WIDTHS)
-    variables = model.init(jax.random.key(0, impl="rbg"), BATCH["image"])
-    return quantized, quantized.calibrate(variables, BATCH["image"])
+    variables = jax.jit(model.init)(jax.random.key(0, impl="rbg"), BATCH["image"])
+    return quantized, jax.jit(quantized.calibrate)(variables, BATCH["image"])
+
+
+@pytest.fixture(scope="module")
+def in_training(net):
+    """policy -> (logits, new statistics) of the batch, compiled once."""
+    quantized, variables = net
+    options = {"train": True, "mutable": ["batch_stats"]}
+    return jax.jit(lambda policy: quantized.apply(variables, policy, BATCH["image"], **options))
 
 
 def uniform(quantized):
@@ -55,15 +64,15 @@ def cross_entropy_numpy(logits, labels, smoothing=0.0):
     return -(target * log_p).sum(-1).mean()
 
 
-def test_losses_of_rows_equal_numpy(net):
+def test_losses_of_rows_equal_numpy(net, in_training):
     quantized, variables = net
     state = joint.init_state(variables, SGD, 3)
     policies = uniform(quantized)
-    total, (losses, stats, _) = joint.joint_loss(quantized, TASK, state.params, state.rows, policies, BATCH)
+    total, (losses, stats, _) = jax.jit(
+        lambda state: joint.joint_loss(quantized, TASK, state.params, state.rows, policies, BATCH)
+    )(state)
     for i in range(3):
-        logits, updates = quantized.apply(
-            variables, row_of(policies, i), BATCH["image"], train=True, mutable=["batch_stats"]
-        )
+        logits, updates = in_training(row_of(policies, i))
         np.testing.assert_allclose(losses[i], cross_entropy_numpy(logits, np.asarray(BATCH["label"])), rtol=1e-5)
         for path, leaf in flax_seam.flatten(updates).items():
             np.testing.assert_allclose(flax_seam.flatten(stats)[path][i], leaf, rtol=1e-4, atol=1e-6)
@@ -81,16 +90,22 @@ def test_padding_and_smoothing():
     assert int(count) == 4 and int(right) == (logits[:4].argmax(-1) == labels[:4]).sum()
 
 
-@pytest.mark.parametrize("options", [{"rows_at_a_time": 1}, {"rows_at_a_time": 2}, {"rows_at_a_time": 4}])
-def test_rows_at_a_time_change_nothing(net, options):
+@pytest.fixture(scope="module")
+def stepped(net):
+    """options of make_step -> (state, metrics) after a step of three uniform rows and a random one."""
     quantized, variables = net
     state = joint.init_state(variables, SGD, 4, affine_per_row=True)
-    key = jax.random.key(3)
-    results = []
-    for extra in ({}, options):
-        step = joint.make_step(quantized, TASK, SGD, random=1, **extra)
-        results.append(jax.jit(step)(state, BATCH, key, uniform(quantized)))
-    (one, metrics), (other, metrics2) = results
+
+    def run(**options):
+        step = joint.make_step(quantized, TASK, SGD, random=1, **options)
+        return jax.jit(step)(state, BATCH, jax.random.key(3), uniform(quantized))
+
+    return functools.cache(run)
+
+
+@pytest.mark.parametrize("options", [{"rows_at_a_time": 1}, {"rows_at_a_time": 2}, {"rows_at_a_time": 4}])
+def test_rows_at_a_time_change_nothing(stepped, options):
+    (one, metrics), (other, metrics2) = stepped(), stepped(**options)
     np.testing.assert_array_equal(metrics["assignment"], metrics2["assignment"])
     for a, b in ((metrics["losses"], metrics2["losses"]), (one.params, other.params), (one.rows, other.rows)):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5), a, b)
@@ -129,20 +144,18 @@ def test_affine_per_row(net):
     np.testing.assert_array_equal(after.params["bn"]["scale"], variables["params"]["bn"]["scale"])
 
 
-def test_distillation(net):
+def test_distillation(net, in_training):
     """In place: the widest row teaches; given: the teacher's logits come with the batch. KL in NumPy."""
     quantized, variables = net
     state = joint.init_state(variables, SGD, 3)
     policies = uniform(quantized)
-    args = (quantized, TASK, state.params, state.rows, policies)
-    _, (plain, *_) = joint.joint_loss(*args, BATCH)
-    logits = [
-        np.asarray(
-            quantized.apply(variables, row_of(policies, i), BATCH["image"], train=True, mutable=["batch_stats"])[0],
-            np.float64,
-        )
-        for i in range(3)
-    ]
+
+    def losses(batch, **options):
+        run = functools.partial(joint.joint_loss, quantized, TASK, **options)
+        return jax.jit(run)(state.params, state.rows, policies, batch)[1][0]
+
+    plain = losses(BATCH)
+    logits = [np.asarray(in_training(row_of(policies, i))[0], np.float64) for i in range(3)]
 
     def log_softmax(x):
         x = x - x.max(-1, keepdims=True)
@@ -152,12 +165,12 @@ def test_distillation(net):
         t, s = log_softmax(teacher), log_softmax(student)
         return (np.exp(t) * (t - s)).sum(-1).mean()
 
-    _, (mixed, *_) = joint.joint_loss(*args, BATCH, distill=joint.Distill(0.3))
+    mixed = losses(BATCH, distill=joint.Distill(0.3))
     expected = [0.7 * plain[i] + 0.3 * kl(logits[2], logits[i]) for i in range(2)] + [plain[2]]
     np.testing.assert_allclose(mixed, expected, rtol=1e-4)
     teacher = np.random.default_rng(5).normal(size=logits[0].shape)
     given = {**BATCH, "teacher": jnp.asarray(teacher, jnp.float32)}
-    _, (mixed, *_) = joint.joint_loss(*args, given, distill=joint.Distill(0.3, "given"))
+    mixed = losses(given, distill=joint.Distill(0.3, "given"))
     np.testing.assert_allclose(mixed, [0.7 * plain[i] + 0.3 * kl(teacher, logits[i]) for i in range(3)], rtol=1e-4)
 
 

@@ -55,8 +55,8 @@ def test_rows_equal_plain(case, batched):
     rhs = jnp.asarray(rng.normal(size=((3, *rhs_shape) if batched[1] else rhs_shape)), jnp.float32)
     axes = tuple(0 if b else None for b in batched)
 
-    def loss(kernels, lhs, rhs):
-        product = ops.contract(primitive, params, kernels)
+    def loss(lhs, rhs):
+        product = ops.contract(primitive, params, "rows")
         out = jax.vmap(product, axes)(lhs, rhs) if any(batched) else product(lhs, rhs)
         return jnp.sin(out).sum(), out
 
@@ -66,8 +66,10 @@ def test_rows_equal_plain(case, batched):
         out = jnp.stack(rows) if any(batched) else rows[0]
         return jnp.sin(out).sum(), out
 
-    (_, out), grads = jax.value_and_grad(loss, (1, 2), has_aux=True)("rows", lhs, rhs)
-    (_, expected), expected_grads = jax.value_and_grad(reference, (0, 1), has_aux=True)(lhs, rhs)
+    def with_gradients(function):
+        return jax.jit(jax.value_and_grad(function, (0, 1), has_aux=True))(lhs, rhs)
+
+    ((_, out), grads), ((_, expected), expected_grads) = with_gradients(loss), with_gradients(reference)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
     for mine, theirs in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
@@ -82,7 +84,7 @@ def test_per_row_gradients():
         def loss(rhs, lhs):
             return jnp.square(ops.contract(primitive, params, kernels)(lhs, rhs)).sum()
 
-        return jax.vmap(jax.grad(loss))(rhs, lhs)
+        return jax.jit(jax.vmap(jax.grad(loss)))(rhs, lhs)
 
     np.testing.assert_allclose(gradient("rows"), gradient("plain"), rtol=1e-4)
 
@@ -100,7 +102,7 @@ def test_smooth_kernels_differentiate_twice(case):
 
         return jax.jvp(jax.grad(loss), (rhs,), (v,))[1]
 
-    smooth, plain = (jax.vmap(lambda x, k=k: product(k, x))(lhs) for k in ("smooth", "plain"))
+    smooth, plain = (jax.jit(jax.vmap(lambda x, k=k: product(k, x)))(lhs) for k in ("smooth", "plain"))
     np.testing.assert_allclose(smooth, plain, rtol=1e-3, atol=1e-3)
 
 
@@ -126,9 +128,7 @@ def test_hessian_vector_product_with_plain_kernels():
     rng = np.random.default_rng(2)
     lhs, rhs, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (lhs_shape, rhs_shape, rhs_shape))
 
-    def gradient(rhs):
-        return jax.grad(lambda r: jnp.square(ops.contract(primitive, params, "plain")(lhs, r)).sum())(rhs)
-
-    product = jax.jvp(gradient, (rhs,), (v,))[1]
+    gradient = jax.jit(jax.grad(lambda r: jnp.square(ops.contract(primitive, params, "plain")(lhs, r)).sum()))
+    product = jax.jit(lambda rhs: jax.jvp(gradient, (rhs,), (v,))[1])(rhs)
     difference = (gradient(rhs + 1e-2 * v) - gradient(rhs - 1e-2 * v)) / 2e-2
     np.testing.assert_allclose(product, difference, rtol=1e-2, atol=0.1)

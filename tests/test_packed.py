@@ -22,8 +22,8 @@ CASES = {
     "stack": ("stack", "lsq", False),
     "tied": ("tied", "lsq", False),
     "nnx": ("nnx", "lsq", False),
-    "pact": ("net", "pact", False),
-    "lq_nets": ("net", "lq_nets", False),
+    "pact": ("nnx", "pact", False),
+    "lq_nets": ("nnx", "lq_nets", False),
 }
 
 
@@ -154,7 +154,7 @@ def test_other_files_and_other_models_are_refused(file, tmp_path):
     other = case("nnx")
     with pytest.raises(Refusal, match="another model"):
         packed.restore(packed.load(file), other.model, shapes_of(other))
-    found = case("net", "pact")
+    found = case("nnx", "pact")
     with pytest.raises(Refusal, match="quantized with lsq"):
         packed.restore(packed.load(file), found.model, shapes_of(found))
 

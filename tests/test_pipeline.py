@@ -14,12 +14,13 @@ from mpq_jax.criteria.learned import RowLog, fit_alpha
 from mpq_jax.importance import load_importance
 from mpq_jax.types import Importance, Layer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = """
 from mpq_jax.config import *
 config = Config(
     data=Data(name="digits", augment=False, data_dir={data!r}),
     model=Model(name="cnn_nnx", options={{"width": 0.5}}),
-    quantize=Quantize(bit_widths=(2, 3, 4)),
+    quantize=Quantize(bit_widths=(2, 4)),
     pretrain=Pretrain(steps=8, batch_size=32, warmup_steps=2),
     joint=Joint(steps=6, batch_size=16),
     finetune=Finetune(steps=4, batch_size=16, random_policies=2),
@@ -71,7 +72,7 @@ def test_interrupted_and_resumed_is_the_same(place, monkeypatch):
     for key in rows[0].files:
         np.testing.assert_array_equal(rows[0][key], rows[1][key])
     assert rows[0]["step"].tolist() == [0, 1, 2, 3, 4, 5] and rows[0]["assignment"].shape == (6, 2, 2)
-    assert set(np.unique(rows[0]["assignment"])) <= {2, 3, 4}
+    assert set(np.unique(rows[0]["assignment"])) <= {2, 4}
 
 
 def test_search_and_finetune(place, capsys):
@@ -174,7 +175,7 @@ def test_paper_recipe_and_options_run(place, tmp_path):
     run = str(tmp_path / "paper")
     assert train.main(["--config", str(place / "tiny.py"), "--workdir", run, *more]) == 0
     table = load_importance(Path(run) / "importance.json")
-    assert np.isfinite(table.weight).all() and (table.weight > 0).all() and table.weight.shape == (2, 3)
+    assert np.isfinite(table.weight).all() and (table.weight > 0).all() and table.weight.shape == (2, 2)
     log = np.load(Path(run) / "joint" / "random_rows.npz")
     np.testing.assert_array_equal(log["assignment"][..., 0], log["assignment"][..., 1])
     assert len(log["step"]) == 8
@@ -197,8 +198,9 @@ def test_fit_alpha_finds_the_alpha_of_made_losses():
 
 def test_dropout_scan_and_no_batch_statistics(place, tmp_path):
     """A Linen ViT, its blocks scanned, with dropout and without BatchNorm, from training to a report."""
-    options = '{"depth": 2, "dim": 16, "heads": 2, "patch_size": 4, "dropout": 0.1, "scan": true}'
+    options = '{"depth": 2, "dim": 8, "heads": 2, "patch_size": 4, "dropout": 0.1, "scan": true}'
     more = ["--model.name", "vit", "--model.options", options, "--finetune.compare", "false", "--joint.steps", "3"]
+    more += ["--joint.random_rows", "1"]
     command = ["--config", str(place / "tiny.py"), "--workdir", str(tmp_path / "vit"), *more]
     assert train.main(command) == 0
     table = load_importance(tmp_path / "vit" / "importance.json")

@@ -25,6 +25,7 @@ from mpq_jax.quantizers import QUANTIZERS, lq_nets, lsq, pact
 from mpq_jax.report.figures import code_counts
 from mpq_jax.types import Importance
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTHS = (2, 3)
 TASK = joint.classification()
 RNG = np.random.default_rng(0)
@@ -40,14 +41,6 @@ LEAVES = {
     "qil": ({"centre", "half_width", "gamma"}, {"centre", "half_width"}),
     "lq_nets": ({"basis"}, {"basis"}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These tests compile much and run little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

@@ -32,9 +32,13 @@ class Activation(NamedTuple):
     bits: int
     signed: bool
 
-    def encode(self, x: Any) -> Any:
+    def encode(self, x: Any) -> jax.Array:
         """Float to integer codes, int32, the shape of x."""
-        return self.quantizer.encode(x, self.values, jnp.int32(self.bits), self.signed)
+        return self.encoded(x)[0]
+
+    def encoded(self, x: Any) -> tuple[jax.Array, Decoding]:
+        """(codes, their decoding)."""
+        return _encoded(self.quantizer, x, self.values, jnp.int32(self.bits), self.signed)
 
     def decoding(self, x: Any) -> Decoding:
         """What turns the codes of `encode` into values again."""
@@ -358,6 +362,12 @@ def _activation(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("quantizer", "signed"))
+def _encoded(quantizer: TensorQuantizer, x: Any, values: Mapping[str, Any], bits: Any, signed: bool) -> Any:
+    """(codes, their decoding), compiled once for all tensors of one shape: bits are data."""
+    return quantizer.encode(x, values, bits, signed), quantizer.decoding(x, values, bits, signed)
+
+
 def encode_weight(
     model: QuantizedModel,
     leaf: str,
@@ -378,11 +388,8 @@ def encode_weight(
             name: place_on_channels(jnp.asarray(value), operand, channel_axes)
             for name, value in _at(model, spec, "weight", params, index, width).items()
         }
-        at = (jnp.asarray(operand), values, jnp.int32(width), True)
-        by_width[width] = Weight(
-            np.asarray(quantizer.encode(*at)),
-            Decoding(*(None if x is None else np.asarray(x) for x in quantizer.decoding(*at))),
-        )
+        codes, decoding = _encoded(quantizer, jnp.asarray(operand), values, jnp.int32(width), True)
+        by_width[width] = Weight(np.asarray(codes), Decoding(*(None if x is None else np.asarray(x) for x in decoding)))
     if len(by_width) == 1:
         return next(iter(by_width.values()))
     return _mixed_channels(by_width, np.asarray(bits), operand, channel_axes)

@@ -4,6 +4,7 @@ Operation by operation, so that all three round everything between the products 
 what surrounds a product differently in each, and a last digit can carry a value over to the next code.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -62,31 +63,39 @@ def fake_quantized(product: Product, data: jax.Array) -> jax.Array:
     """Both operands on their grids, then a floating-point product."""
     x: Any = data
     if product.activation is not None:
-        grid = product.activation
-        x = decode(grid.encode(data), grid.decoding(data)).astype(data.dtype)
+        x = _decoded(*product.activation.encoded(data), dtype=data.dtype)
     return _floating(product, weight_values(product), x)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _decoded(codes: jax.Array, decoding: Decoding, dtype: Any) -> jax.Array:
+    return decode(codes, decoding).astype(dtype)
 
 
 def weight_values(product: Product) -> np.ndarray:
     """The float values that a layer's weight codes stand for, in the layout and type of its product."""
     if product.weight is None:
         return product.operand
-    decoding = Decoding(*(None if x is None else jnp.asarray(x) for x in product.weight.decoding))
-    return np.asarray(decode(jnp.asarray(product.weight.codes), decoding).astype(product.operand.dtype))
+    # In NumPy, float32 as in `decode`: this is done for every layer of every run.
+    codes, (scale, offset, table) = product.weight
+    if table is None:
+        values = (codes.astype(np.float32) + np.float32(offset)) * np.float32(scale)
+    else:
+        values = table[codes] if table.ndim == 1 else np.take_along_axis(table, codes[None], axis=0)[0]
+    return values.astype(product.operand.dtype)
 
 
 def of_codes(product: Product, data: jax.Array, integers: bool) -> jax.Array:
     """The product of codes, scales after it; layers with an operand in float run in float."""
     if product.activation is None or product.weight is None:
         return fake_quantized(product, data)
-    grid = product.activation
     return product_of_codes(
         product.primitive,
         product.params,
         product.side,
         product.channel_axes,
         tuple(product.weight),  # type: ignore[arg-type]
-        (grid.encode(data), grid.decoding(data)),
+        product.activation.encoded(data),
         product.path,
         integers,
     )

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import json
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+from mpq_jax import stopping
 from mpq_jax.types import Refusal
 
 
@@ -311,16 +313,39 @@ def as_typed(text: str) -> str:
     return re.sub(r"python -m mpq_jax\.(export|latency)", r"mpq-\1", text)
 
 
+# What a disk or its permissions answer; any other OSError is a mistake of the program.
+_DISK = (
+    *("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENAMETOOLONG", "ENOTDIR", "EISDIR"),
+    *("ELOOP", "EMFILE", "ENFILE", "EBUSY", "ETXTBSY"),
+)
+
+
 def command(function: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """A command's main(argv=None): a Refusal becomes one line on stderr and exit code 2."""
+    """A command's main(argv=None): a Refusal, and what a disk refuses, become one line on stderr and exit code 2.
+
+    SIGTERM (stopping.py) ends it with 0, Ctrl-C with 130; the line says how to go on.
+    """
 
     @functools.wraps(function)
     def main(argv: Sequence[str] | None = None) -> int:
         try:
-            return function(argv)
+            with stopping.on_sigterm():
+                return function(argv)
         except Refusal as refusal:
             print(f"error: {as_typed(str(refusal))}", file=sys.stderr)
             return 2
+        except OSError as error:
+            if errno.errorcode.get(error.errno or 0) not in _DISK:
+                raise
+            where = f"{error.filename}: " if error.filename is not None else ""
+            print(f"error: {where}{error.strerror}; mend that, and give the same command again", file=sys.stderr)
+            return 2
+        except stopping.Stopped as stopped:
+            print(f"stopped by SIGTERM: {stopped}; the same command goes on from there", file=sys.stderr)
+            return 0
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from what was saved", file=sys.stderr)
+            return 130
 
     return main
 

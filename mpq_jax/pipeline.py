@@ -23,7 +23,7 @@ from mpq_jax.numerics import at_bits
 from mpq_jax.search import best_uniform, random_policies
 from mpq_jax.search.constraints import check_search_rules
 from mpq_jax.types import Bits, Budget, Importance, Policy, QuantizedModel, Refusal
-from mpq_jax.workdir import importance_of, latest_step
+from mpq_jax.workdir import importance_of, latest_step, latest_whole
 
 # (name, policies that its row is the mean of)
 Contestant = tuple[str, list[dict[str, Bits]]]
@@ -154,12 +154,12 @@ def finetuned(
     chosen = policy.load_policy(policy_path, table.layers, table.bit_widths, table.activation_bit_widths)
     stage = stage_of(config, chosen)
     run = stages.open_run(config, workdir)
-    step, steps = latest_step(workdir / "finetune" / stage) or 0, stages.steps_of(config.finetune, run)
-    if step < steps:
+    (step, damage), steps = latest_whole(workdir / "finetune" / stage), stages.steps_of(config.finetune, run)
+    if (step or 0) < steps:
         raise Refusal(
-            f"{workdir} has no finished fine-tuning of {policy_path} with these settings (step {step} of {steps}); "
-            f"do it with: python train.py --config … --workdir {workdir} --policy {policy_path} "
-            "(and give the same --finetune options here)"
+            f"{workdir} has no finished fine-tuning of {policy_path} with these settings (step {step or 0} of {steps}"
+            f"{f'; {damage}' if damage else ''}); do it with: python train.py --config … --workdir {workdir} --policy "
+            f"{policy_path} (and give the same --finetune options here)"
         )
     float_variables = stages.finished_float(run)
     start = stages.calibrated(run, float_variables)  # only its shapes count: all is restored

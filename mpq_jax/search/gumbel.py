@@ -198,10 +198,17 @@ class TrainingLog:
         self._lines: list[dict[str, float]] = []
 
     def load(self, step: int) -> None:
-        if step and self._path.exists():
+        if not step:
+            return
+        try:
             lines = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
             self._lines = [line for line in lines if line["step"] < step]
-            self._before = self._lines[-1]["seconds"] if self._lines else 0.0
+            self._before = float(self._lines[-1]["seconds"])
+            whole = [line["step"] for line in self._lines] == list(range(step))
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            whole = False
+        if not whole:
+            raise Refusal(f"{self._path} is damaged; delete {self._path.parent} to start this search again")
 
     def seconds(self) -> float:
         return self._before + self._clock() - self._began

@@ -70,7 +70,9 @@ def restore(opened: ocp.CheckpointManager, like: Any) -> tuple[int, Any] | None:
         before = max(opened.all_steps(), default=None)
         print(
             f"note: the checkpoint of step {step} in {directory} is damaged ({damage}); it is now {aside.name}, and "
-            + (f"step {before} is taken in its place" if before is not None else "this stage starts from its beginning"),
+            + (
+                f"step {before} is taken in its place" if before is not None else "this stage starts from its beginning"
+            ),
             file=sys.stderr,
         )
     return None

@@ -16,7 +16,9 @@ def write(checkpoint: Path) -> None:
     lines = []
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         with open(file, "rb") as opened:
-            lines.append(f"{hashlib.file_digest(opened, 'sha256').hexdigest()}  {file.relative_to(checkpoint.parent)}\n")
+            lines.append(
+                f"{hashlib.file_digest(opened, 'sha256').hexdigest()}  {file.relative_to(checkpoint.parent)}\n"
+            )
             os.fsync(opened.fileno())
     write_text(_beside(checkpoint), "".join(lines))
 

@@ -2,7 +2,7 @@
 
 python tests/soak/kills.py --kills 50 [--signal KILL|TERM|TWICE] [--seed 0] [--place DIR]
 
-The last line is JSON: the kills of each phase, how many came during a checkpoint's write, and what differed. Exit code 1
+The last line is JSON: the kills of each phase, how many came during a write, and what differed. Exit code 1
 where anything did.
 """
 
@@ -20,22 +20,15 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
-import runs
+import runs  # noqa: E402
 
 
-def strike(pid: int, how: str, rng: random.Random) -> tuple[int | None, float]:
-    """Sends the signal, or two. -> (exit code, seconds until the child was gone)"""
-    began = time.monotonic()
+def strike(pid: int, how: str, rng: random.Random) -> None:
+    """Sends the signal, or two."""
     os.kill(pid, signal.SIGKILL if how == "KILL" else signal.SIGTERM)
     if how == "TWICE":
-        if (code := runs.ended(pid, rng.uniform(0, 0.3))) is not None:
-            return code, time.monotonic() - began
+        time.sleep(rng.uniform(0, 0.3))
         os.kill(pid, rng.choice([signal.SIGTERM, signal.SIGINT]))
-    code = runs.ended(pid, 30.0)
-    if code is None:
-        os.kill(pid, signal.SIGKILL)
-        runs.ended(pid, 10.0)
-    return code, time.monotonic() - began
 
 
 def wrong_end(how: str, code: int | None, seconds: float, said: str) -> str | None:
@@ -56,17 +49,29 @@ def struck(
     place: Path, run: Path, phase: str, how: str, aimed: bool, seconds: dict[str, float], rng: random.Random, counts
 ) -> list[str] | None:
     """Starts a phase's command and strikes it once. -> what went wrong; None where it ended before"""
-    output = place / "trial.txt"
-    pid = runs.start(runs.commands(place, run)[phase], output)
-    if (code := runs.at_random(run, phase, pid, seconds[phase], rng, aimed)) is not None:
+    output, note = place / "trial.txt", place / "struck"
+    note.unlink(missing_ok=True)
+    command = runs.commands(place, run)[phase]
+    if aimed:
+        numbers = {"KILL": [signal.SIGKILL], "TERM": [signal.SIGTERM]}
+        pair = [signal.SIGTERM, rng.choice([signal.SIGTERM, signal.SIGINT])]
+        pid = runs.start(command, output, runs.aimed(run, phase, numbers.get(how, pair), note, rng))
+        code = runs.ended(pid, 120.0)
+    else:
+        pid = runs.start(command, output)
+        code = runs.ended(pid, rng.uniform(0, seconds[phase]))
+        if code is None:
+            note.write_text(str(time.monotonic()))
+            strike(pid, how, rng)
+            code = runs.ended(pid, 120.0)
+    if not note.exists():
         counts["ended before"] += 1
         assert code == 0, f"{phase}: exit code {code}: {output.read_text()[-2000:]}"
         return None
+    took = time.monotonic() - float(note.read_text())
     counts[phase] += 1
-    during = phase != "search" and runs.writing(run, phase)
-    code, took = strike(pid, how, rng)
-    # Of a kill, what it left is the proof; of a SIGTERM, what was seen when it was sent.
-    counts["during a checkpoint's write"] += runs.writing(run, phase) if how == "KILL" and phase != "search" else during
+    counts["during a write"] += aimed or runs.writing(run, phase)
+    counts["left a write unfinished"] += runs.writing(run, phase) and phase != "search"
     counts["slowest end"] = max(counts["slowest end"], round(took, 2))
     fault = wrong_end(how, code, took, output.read_text())
     return [f"{phase}: {fault}"] if fault else []

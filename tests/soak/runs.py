@@ -54,7 +54,7 @@ def import_all() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot  # noqa: F401
+    import matplotlib.pyplot
     import tensorflow_datasets  # noqa: F401
 
     import mpq_jax.pipeline
@@ -155,31 +155,42 @@ def writing(run: Path, phase: str) -> bool:
     folder = run / FOLDERS[phase]
     if phase == "search":
         return any(folder.glob("*/evaluations.jsonl"))
-    return any(folder.glob("**/*.orbax-checkpoint-tmp*"))
+    stages = folder.glob("*") if phase == "finetune" else [folder]
+    return any("orbax-checkpoint-tmp" in name for stage in stages if stage.is_dir() for name in os.listdir(stage))
 
 
-def wait_for(pid: int, moment: Callable[[], bool], seconds: float) -> int | None:
-    """Waits until `moment` is true, for `seconds` at most; None then, or the child's exit code if that came first."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and not moment():
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.0005)
-    return None
+def aimed(run: Path, phase: str, signals: list[int], note: Path, rng: random.Random) -> Callable[[], None]:
+    """For a child: it sends itself the signals while it writes a checkpoint of the phase, or a search its journal.
 
+    The moments are of Python's audit events (every file that is opened, made or renamed is one): the first signal comes
+    at a random one of the first 40 after a random one of the first three writes began, the others soon after.
+    note: gets the time of the first, once it has been sent.
+    """
+    skipped, at = rng.randrange(3), rng.randint(1, 40)
+    moments = [at]
+    for _ in signals[1:]:
+        moments.append(moments[-1] + rng.randint(1, 40))
+    folder, seen = str(run / FOLDERS[phase]), {"writes": 0, "events": 0}
 
-def at_random(run: Path, phase: str, pid: int, seconds: float, rng: random.Random, aimed: bool) -> int | None:
-    """Waits for a random moment of the command, or of a checkpoint's write. -> its exit code if it ended before"""
-    if aimed:
-        skipped = rng.randrange(3)
-        for _ in range(skipped + 1):
-            if (code := wait_for(pid, lambda: writing(run, phase), 60.0)) is not None:
-                return code
-            if skipped and (code := wait_for(pid, lambda: not writing(run, phase), 0.2)) is not None:
-                return code
-        return ended(pid, rng.uniform(0, 0.01))
-    return ended(pid, rng.uniform(0, seconds))
+    def begins(event: str, what: str) -> bool:
+        if phase == "search":
+            return event == "open" and what.endswith("evaluations.jsonl")
+        return event == "os.mkdir" and what.startswith(folder) and what.count("orbax-checkpoint-tmp") == 1
+
+    def hook(event: str, arguments: tuple) -> None:
+        if not moments:
+            return
+        if event in ("open", "os.mkdir") and begins(event, str(arguments[0])):
+            seen["writes"] += 1
+        seen["events"] += seen["writes"] > skipped
+        if seen["events"] >= moments[0]:
+            number = signals[len(signals) - len(moments)]
+            moments.pop(0)
+            if not note.exists():
+                note.write_text(str(time.monotonic()))
+            os.kill(os.getpid(), number)
+
+    return lambda: sys.addaudithook(hook)
 
 
 # ---- what must be the same ----------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
         grids=_grids(run.model, joint.row_variables(joint_state, 0, averaged=True) if joint_state else start, table),
         depthwise_pairs=depthwise_pairs(run.model),
         provenance=_provenance(config, found_with, policy_path),
-        **_indicators(workdir),
+        **indicators(workdir, table),
     )
     path = report.write(made, workdir)
     results = [row._asdict() for row in rows]
@@ -250,15 +250,32 @@ def depthwise_pairs(model: QuantizedModel) -> list[tuple[str, str]]:
     return [(a, b) for a, b in itertools.pairwise(searched) if kinds[a] == "depthwise" and kinds[b] != "depthwise"]
 
 
-def _indicators(workdir: Path) -> dict[str, Any]:
+def indicators(workdir: Path, table: Importance) -> dict[str, Any]:
+    """What a report shows of indicators.json, which a run has that learned its step sizes.
+
+    Raises Refusal where its tables are not those of the searched layers of `table`.
+    """
     path = workdir / "indicators.json"
     if not path.exists():
         return {"indicators": None, "initial": None, "outliers": []}
     saved = read_json(path, "mpq-indicators", 1, importance.MADE_BY)
+    paths = [layer.path for layer in table.layers if layer.searched]
+    outliers = saved.get("outliers", [])
+    try:
+        for name, widths in (("weight", table.bit_widths), ("activation", table.activation_bit_widths)):
+            for when in ("initial", "learned"):
+                values = np.array(saved[when][name], np.float64)
+                if values.shape != (len(paths), len(widths)) or not np.isfinite(values).all():
+                    raise ValueError(f'"{when}" has no finite numbers in {len(paths)} x {len(widths)} for "{name}"')
+        for at, kind, bits in outliers:
+            if at not in paths or kind not in ("weight", "activation") or type(bits) is not int:
+                raise ValueError('"outliers" must list [layer, "weight" or "activation", bits]')
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise Refusal(f"{path}: {error}; move it away, or make it again with: {importance.MADE_BY}") from None
     return {
         "indicators": saved["learned"],
         "initial": saved["initial"],
-        "outliers": [tuple(outlier) for outlier in saved["outliers"]],
+        "outliers": [tuple(outlier) for outlier in outliers],
     }
 
 

@@ -33,7 +33,7 @@ def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> bool:
     if not path.exists():
         write_json(path, {"format": "mpq-run", "version": 1, "config": mine})
         return True
-    theirs = read_json(path, "mpq-run", 1, "python train.py --config … --workdir …")["config"]
+    theirs = config_lib.to_json(load_config(workdir))
     changed = [key for key in config_lib.differences(mine, theirs, _LEARNING) if key not in _FREE]
     if changed:
         shown = ", ".join(f"{key} is {_at(theirs, key)} there, {_at(mine, key)} now" for key in changed[:3])
@@ -53,7 +53,7 @@ def release(workdir: Path) -> None:
 def load_config(workdir: Path) -> config_lib.Config:
     """The config that a run was started with. Raises Refusal where the folder holds no run, or an older program's."""
     path = workdir / "config.json"
-    saved = read_json(path, "mpq-run", 1, "python train.py --config … --workdir …")["config"]
+    saved = read_json(path, "mpq-run", 1, "python train.py --config … --workdir …").get("config")
     try:
         return config_lib.from_json(saved)
     except (KeyError, TypeError, ValueError) as error:

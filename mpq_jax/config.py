@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import json
+import math
 import re
 import runpy
 import sys
@@ -12,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+from mpq_jax import stopping
 from mpq_jax.types import Refusal
 
 
@@ -335,16 +338,45 @@ def as_typed(text: str) -> str:
     return re.sub(r"python -m mpq_jax\.(export|latency)", r"mpq-\1", text)
 
 
+def one_line(text: str, most: int = 1000) -> str:
+    """`text` without line breaks, its middle cut out where it is too long: what a file holds may be of any length."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-most // 4 :]}"
+
+
+# What a disk or its permissions answer; any other OSError is a mistake of the program.
+_DISK = (
+    *("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENAMETOOLONG", "ENOTDIR", "EISDIR"),
+    *("ELOOP", "EMFILE", "ENFILE", "EBUSY", "ETXTBSY"),
+)
+
+
 def command(function: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """A command's main(argv=None): a Refusal becomes one line on stderr and exit code 2."""
+    """A command's main(argv=None): a Refusal, and what a disk refuses, become one line on stderr and exit code 2.
+
+    SIGTERM (stopping.py) ends it with 0, Ctrl-C with 130; the line says how to go on.
+    """
 
     @functools.wraps(function)
     def main(argv: Sequence[str] | None = None) -> int:
         try:
-            return function(argv)
+            with stopping.on_sigterm():
+                return function(argv)
         except Refusal as refusal:
-            print(f"error: {as_typed(str(refusal))}", file=sys.stderr)
+            print(f"error: {one_line(as_typed(str(refusal)))}", file=sys.stderr)
             return 2
+        except OSError as error:
+            if errno.errorcode.get(error.errno or 0) not in _DISK:
+                raise
+            where = f"{error.filename}: " if error.filename is not None else ""
+            print(f"error: {where}{error.strerror}; mend that, and give the same command again", file=sys.stderr)
+            return 2
+        except stopping.Stopped as stopped:
+            print(f"stopped by SIGTERM: {stopped}; the same command goes on from there", file=sys.stderr)
+            return 0
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from what was saved", file=sys.stderr)
+            return 130
 
     return main
 
@@ -364,12 +396,14 @@ def to_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_json(value: dict[str, Any]) -> Config:
+def from_json(value: Any) -> Config:
     """The config that `to_json` made; what it does not name is at its default.
 
     Raises ValueError, KeyError or TypeError for what is no such value.
     """
     sections: dict[str, Any] = {}
+    if not isinstance(value, dict):
+        raise TypeError("no settings")
     if unknown := set(value) - set(get_type_hints(Config)):
         raise KeyError(min(unknown))
     for name, kind in get_type_hints(Config).items():
@@ -377,11 +411,27 @@ def from_json(value: dict[str, Any]) -> Config:
             continue
         if dataclasses.is_dataclass(kind):
             hints = get_type_hints(kind)
-            given = {key: tuple(v) if get_origin(hints[key]) is tuple else v for key, v in value[name].items()}
+            if not isinstance(value[name], dict):
+                raise TypeError(f"{name} holds no settings")
+            given = {key: _typed(f"{name}.{key}", hints[key], v) for key, v in value[name].items()}
             sections[name] = kind(**given)  # type: ignore[operator]
         else:
-            sections[name] = value[name]
+            sections[name] = _typed(name, kind, value[name])
     return Config(**sections)
+
+
+def _typed(key: str, kind: Any, value: Any) -> Any:
+    """A JSON value as a setting of type `kind`. Raises TypeError where it is of another."""
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_typed(key, get_args(kind)[0], item) for item in value)
+    number = type(value) is int or (type(value) is float and math.isfinite(value))
+    if kind is float and number and abs(value) < 1e300:
+        return value
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return value
+    if type(value) is not kind or (kind is int and abs(value) >= 2**63):
+        raise TypeError(f"{key} is {str(value)[:80]!r}")
+    return value
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any], sections: Sequence[str]) -> list[str]:

@@ -261,6 +261,10 @@ def restore_budgets(
     budgets = []
     for name, kind in kinds.items():
         total = limits[name] * kind.per(layers)
+        if name != "latency" and round(total) < 1:
+            raise Refusal(
+                f"the limit {limits[name]:g} of the budget {name} leaves nothing to spend; give it with --budget"
+            )
         budgets.append(_budget(name, name, kind, total if name == "latency" else round(total), layers, *widths))
     return budgets
 

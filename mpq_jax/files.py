@@ -22,10 +22,16 @@ def whole(path: str | Path) -> Iterator[Path]:
     try:
         yield Path(name)
         os.chmod(name, 0o644)
+        _to_disk(name)  # before the name is: a machine that goes down leaves the old file or the new one
         os.replace(name, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def _to_disk(path: str | Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def check_out(out: Path, read: Sequence[Path | None], option: str = "--out") -> None:

@@ -23,7 +23,7 @@ from mpq_jax.numerics import at_bits
 from mpq_jax.search import best_uniform, random_policies
 from mpq_jax.search.constraints import check_search_rules
 from mpq_jax.types import Bits, Budget, Importance, Policy, QuantizedModel, Refusal
-from mpq_jax.workdir import importance_of, latest_step, settings
+from mpq_jax.workdir import importance_of, latest_step, latest_whole, settings
 
 # (name, policies that its row is the mean of)
 Contestant = tuple[str, list[dict[str, Bits]]]
@@ -140,7 +140,7 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
         test_samples=run.dataset.sizes["test"],
         solution=saved,
         **_curve(table, budgets, mixed),
-        **_indicators(workdir),
+        **indicators(workdir, table),
     )
     path = report.write(made, workdir)
     results = [row._asdict() for row in rows]
@@ -158,12 +158,12 @@ def finetuned(
     chosen = policy.load_policy(policy_path, table.layers, table.bit_widths, table.activation_bit_widths)
     stage = stage_of(config, chosen)
     run = stages.open_run(config, workdir)
-    step, steps = latest_step(workdir / "finetune" / stage) or 0, stages.steps_of(config.finetune, run)
-    if step < steps:
+    (step, damage), steps = latest_whole(workdir / "finetune" / stage), stages.steps_of(config.finetune, run)
+    if (step or 0) < steps:
         raise Refusal(
-            f"{workdir} has no finished fine-tuning of {policy_path} with these settings (step {step} of {steps}); "
-            f"do it with: python train.py --config … --workdir {workdir} --policy {policy_path} "
-            "(and give the same --finetune options here)"
+            f"{workdir} has no finished fine-tuning of {policy_path} with these settings (step {step or 0} of {steps}"
+            f"{f'; {damage}' if damage else ''}); do it with: python train.py --config … --workdir {workdir} --policy "
+            f"{policy_path} (and give the same --finetune options here)"
         )
     float_variables = stages.finished_float(run)
     start = stages.calibrated(run, float_variables)  # only its shapes count: all is restored
@@ -262,15 +262,32 @@ def _curve(table: Importance, budgets: Sequence[Budget], mixed: Policy) -> dict[
         return {"curve": None, "no_curve": f"There is no frontier: {refusal}."}
 
 
-def _indicators(workdir: Path) -> dict[str, Any]:
+def indicators(workdir: Path, table: Importance) -> dict[str, Any]:
+    """What a report shows of indicators.json, which a run has that learned its step sizes.
+
+    Raises Refusal where its tables are not those of the searched layers of `table`.
+    """
     path = workdir / "indicators.json"
     if not path.exists():
         return {"indicators": None, "initial": None, "outliers": []}
     saved = read_json(path, "mpq-indicators", 1, importance.MADE_BY)
+    paths = [layer.path for layer in table.layers if layer.searched]
+    outliers = saved.get("outliers", [])
+    try:
+        for name, widths in (("weight", table.bit_widths), ("activation", table.activation_bit_widths)):
+            for when in ("initial", "learned"):
+                values = np.array(saved[when][name], np.float64)
+                if values.shape != (len(paths), len(widths)) or not np.isfinite(values).all():
+                    raise ValueError(f'"{when}" has no finite numbers in {len(paths)} x {len(widths)} for "{name}"')
+        for at, kind, bits in outliers:
+            if at not in paths or kind not in ("weight", "activation") or type(bits) is not int:
+                raise ValueError('"outliers" must list [layer, "weight" or "activation", bits]')
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise Refusal(f"{path}: {error}; move it away, or make it again with: {importance.MADE_BY}") from None
     return {
         "indicators": saved["learned"],
         "initial": saved["initial"],
-        "outliers": [tuple(outlier) for outlier in saved["outliers"]],
+        "outliers": [tuple(outlier) for outlier in outliers],
     }
 
 

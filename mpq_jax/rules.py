@@ -1,8 +1,11 @@
 """Rules: ordered (regex, value) pairs over layer paths; the first that matches wins."""
 
+import contextlib
 import difflib
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mpq_jax.types import Bits, Refusal
@@ -18,6 +21,7 @@ class Candidates(NamedTuple):
 # A rule's value: candidates to search, Bits that are fixed, or "float" for a layer that is left alone.
 RuleValue = Candidates | Bits | str
 Rules = Sequence[tuple[str, Any]]
+SECONDS = 1.0  # for one regex on all layers
 
 
 def parse_value(value: Any) -> RuleValue:
@@ -40,18 +44,45 @@ def parse_value(value: Any) -> RuleValue:
     raise Refusal(f'rule value {value!r} is not known; write "float", "8,8" (fixed) or "w2/4/8,a4/8" (candidates)')
 
 
+@contextlib.contextmanager
+def _at_most(seconds: float, refusal: str) -> Iterator[None]:
+    """Ends the block with a Refusal after so many seconds. A table may come from anyone, and so may its regexes: some
+    need time that doubles with every letter. Only the main thread can be watched so."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def over(*_: Any) -> None:
+        raise Refusal(refusal)
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def first_match(rules: Rules, path: str) -> Any:
     """The value of the first rule whose regex is found in `path`; None where no rule matches."""
     return next((value for pattern, value in rules if re.search(pattern, path)), None)
 
 
+def compiled(pattern: str, what: str = "rule") -> re.Pattern[str]:
+    """The regex. Raises Refusal for one that is none."""
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise Refusal(f"{what} {pattern!r} is not a regular expression: {error}") from None
+
+
 def check_rules(rules: Rules, paths: Sequence[str], what: str = "rule") -> None:
-    """Raises Refusal for a pattern that is no regex, or matches none of `paths`."""
+    """Raises Refusal for a pattern that is no regex, matches none of `paths`, or takes longer than SECONDS on them all."""
     for pattern, _ in rules:
-        try:
-            compiled = re.compile(pattern)
-        except re.error as error:
-            raise Refusal(f"{what} {pattern!r} is not a regular expression: {error}") from None
-        if not any(compiled.search(path) for path in paths):
+        regex = compiled(pattern, what)
+        with _at_most(SECONDS, f"{what} {pattern!r} takes too long on these layers; write it without nested repeats"):
+            matches = [path for path in paths if regex.search(path)]
+        if not matches:
             near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or list(paths[:3])
             raise Refusal(f"{what} {pattern!r} matches no layer; the layers nearest to it are {', '.join(near)}")

@@ -5,6 +5,8 @@ random_rows.npz and the importance.json made from it.
 """
 
 import contextlib
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpq_jax import build, checkpoint, data, joint, logs, optimizers
+from mpq_jax import build, checkpoint, data, joint, logs, optimizers, stopping
 from mpq_jax.config import Config, Finetune, Joint, Pretrain
 from mpq_jax.criteria.learned import RowLog
 from mpq_jax.files import whole
 from mpq_jax.policy import stack
 from mpq_jax.progress import progress
 from mpq_jax.types import Bits, Policy, QuantizedModel, Refusal
-from mpq_jax.workdir import latest_step
+from mpq_jax.workdir import latest_whole
 
 
 class Run(NamedTuple):
@@ -73,6 +75,8 @@ def _is_linen(model: QuantizedModel) -> bool:
 
 # ---- the loop all stages share ------------------------------------------------------------------------------------
 
+AHEAD = 3  # steps that are handed to the device before the first of them is done
+
 
 def train(
     run: Run,
@@ -89,16 +93,21 @@ def train(
     """Runs a compiled `step` until `steps`, from the newest checkpoint of the stage if there is one. -> state
 
     step: joint's step, or another of its signature, from `compile_step`; it consumes its state. fixed: its rows that
-    stay. stop: whether to end after this step, with a checkpoint.
+    stay. stop: whether to end after this step, with a checkpoint. Where the stage is finished, nothing is written.
     batches(first_step) -> batches from that step on. Losses are looked at every `log_every` steps and before every
     checkpoint, so that a checkpoint never holds a state that followed a loss that was not finite.
-    Raises Refusal at such a loss, naming row and step.
+    Raises Refusal at such a loss, naming row and step; Stopped after the checkpoint that SIGTERM asked for.
     """
     config = run.config
     directory = run.workdir / stage
     key = jax.random.fold_in(jax.random.key(config.seed), sum(map(ord, stage)))
     state = jax.tree.map(jnp.copy, state)  # the step consumes its state; the caller's arrays stay
-    with checkpoint.manager(directory) as manager:
+    whole_step = latest_whole(directory)[0]
+    if whole_step is not None and whole_step >= steps:
+        if recorder:
+            recorder.load(whole_step)
+        return checkpoint.read(directory, whole_step, state)
+    with checkpoint.manager(directory) as manager, stopping.saves():
         found = checkpoint.restore(manager, state)
         first, state = found if found else (0, state)
         log = logs.recorder(stage, directory, row_names, config.log_every, run.sinks)
@@ -123,7 +132,10 @@ def train(
             for i in bar:
                 state, metrics = step(state, next(stream), key, fixed)
                 pending.append((i, metrics))
-                last = i + 1 == steps or stop()
+                if len(pending) >= AHEAD:  # few steps are under way at a time: what SIGTERM waits for is short
+                    jax.block_until_ready(pending[-AHEAD])
+                asked = stopping.asked()
+                last = i + 1 == steps or stop() or asked
                 due = last or (i + 1) % config.checkpoint_every == 0
                 if due or (i + 1) % config.log_every == 0:
                     latest = _settle(pending, row_names, stage, directory, recorders)
@@ -133,6 +145,8 @@ def train(
                     for each in recorders:
                         each.flush()
                     checkpoint.save(manager, i + 1, state)
+                if asked:
+                    raise stopping.Stopped(f"step {i + 1} of {steps} is saved in {directory}")
                 if last:
                     break
     return state
@@ -281,12 +295,22 @@ class RowLogFile:
         self.parts: list[dict[str, np.ndarray]] = []
 
     def load(self, step: int) -> None:
-        """Reads what is there of the steps before `step`."""
+        """Reads what is there of the steps before `step`. Raises Refusal for a log that is damaged or lacks some."""
         self.parts = []
-        if step and self.path.exists():
+        if not step:
+            return
+        try:
             with np.load(self.path) as file:
-                keep = file["step"] < step
-                self.parts = [{name: file[name][keep] for name in ("step", "assignment", "loss", "uniform")}]
+                rows = {name: file[name] for name in ("step", "assignment", "loss", "uniform")}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise Refusal(f"{self.path} cannot be read ({error}); {self._again()}") from None
+        keep = rows["step"] < step
+        if set(rows["step"][keep].tolist()) != set(range(step)):
+            raise Refusal(f"{self.path} lacks steps before {step}; {self._again()}")
+        self.parts = [{name: values[keep] for name, values in rows.items()}]
+
+    def _again(self) -> str:
+        return f"it cannot be made again without them: delete {self.path.parent} to start joint training again"
 
     def add(self, step: int, metrics: Mapping[str, np.ndarray]) -> None:
         losses, assignment = metrics["losses"], metrics["assignment"]
@@ -323,19 +347,20 @@ class RowLogFile:
 # ---- what is finished ----------------------------------------------------------------------------------------------
 
 
-def _check_finished(run: Run, stage: str, settings: Pretrain | Joint) -> None:
-    step, steps = latest_step(run.workdir / stage) or 0, steps_of(settings, run)
-    if step < steps:
+def check_finished(run: Run, stage: str, settings: Pretrain | Joint) -> None:
+    """Refuses a stage whose last checkpoint is not there, or damaged."""
+    (step, damage), steps = latest_whole(run.workdir / stage), steps_of(settings, run)
+    if (step or 0) < steps:
         raise Refusal(
-            f"{run.workdir / stage} stands at step {step} of {steps}; finish it with: python train.py --config … "
-            f"--workdir {run.workdir}"
+            f"{run.workdir / stage} stands at step {step or 0} of {steps}{f' ({damage})' if damage else ''}; finish it "
+            f"with: python train.py --config … --workdir {run.workdir}"
         )
 
 
 def finished_float(run: Run) -> Mapping[str, Any]:
     """The float model's variables, of a float training that is finished, or loaded. Raises Refusal if it is not."""
     if not run.config.model.weights:
-        _check_finished(run, "pretrain", run.config.pretrain)
+        check_finished(run, "pretrain", run.config.pretrain)
     return pretrain(run)
 
 
@@ -344,7 +369,7 @@ def finished_joint(run: Run, start: Mapping[str, Any]) -> Mapping[str, Any]:
 
     start: calibrated variables.
     """
-    _check_finished(run, "joint", run.config.joint)
+    check_finished(run, "joint", run.config.joint)
     state, _ = joint_train(run, start)
     return joint.row_variables(state, 0, averaged=True)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_jax import config as config_lib
+from mpq_jax import digests, lock
 from mpq_jax.files import read_json, write_json
 from mpq_jax.types import Refusal
 
@@ -14,21 +15,26 @@ _LEARNING = ("seed", "data", "model", "quantize", "pretrain", "joint")
 _FREE = ("data.data_dir", "data.workers", "joint.rows_at_a_time")
 
 
+def check_place(workdir: Path, finetuning: bool) -> None:
+    """Refuses a folder that cannot be a run's, or holds none to fine-tune, before anything is written there."""
+    if workdir.exists() and not workdir.is_dir():
+        raise Refusal(f"{workdir} is a file; choose another --workdir")
+    if finetuning and not (workdir / "config.json").exists():
+        raise Refusal(f"{workdir} holds no run; train first, without --policy")
+
+
 def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> bool:
     """Makes the folder this run's, or checks that it is. -> whether it was made so now
 
     Raises Refusal where it holds a run with other settings, naming them.
     """
+    check_place(workdir, finetuning)
     path = workdir / "config.json"
     mine = config_lib.to_json(config)
     if not path.exists():
-        if finetuning:
-            raise Refusal(f"{workdir} holds no run; train first, without --policy")
-        if workdir.exists() and not workdir.is_dir():
-            raise Refusal(f"{workdir} is a file; choose another --workdir")
         write_json(path, {"format": "mpq-run", "version": 1, "config": mine})
         return True
-    theirs = read_json(path, "mpq-run", 1, "python train.py --config … --workdir …")["config"]
+    theirs = config_lib.to_json(load_config(workdir))
     changed = [key for key in config_lib.differences(mine, theirs, _LEARNING) if key not in _FREE]
     if changed:
         shown = ", ".join(f"{key} is {_at(theirs, key)} there, {_at(mine, key)} now" for key in changed[:3])
@@ -39,8 +45,9 @@ def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> bool:
 
 def release(workdir: Path) -> None:
     """Gives back a folder that was claimed by a command which was then refused: if nothing else came to be in it."""
-    if [path.name for path in workdir.iterdir()] == ["config.json"]:
-        (workdir / "config.json").unlink()
+    if {path.name for path in workdir.iterdir()} <= {"config.json", lock.NAME}:
+        for path in workdir.iterdir():
+            path.unlink()
         workdir.rmdir()
 
 
@@ -55,7 +62,7 @@ def settings(config: config_lib.Config) -> dict[str, Any]:
 def load_config(workdir: Path) -> config_lib.Config:
     """The config that a run was started with. Raises Refusal where the folder holds no run, or an older program's."""
     path = workdir / "config.json"
-    saved = read_json(path, "mpq-run", 1, "python train.py --config … --workdir …")["config"]
+    saved = read_json(path, "mpq-run", 1, "python train.py --config … --workdir …").get("config")
     try:
         return config_lib.from_json(saved)
     except (KeyError, TypeError, ValueError) as error:
@@ -66,6 +73,18 @@ def latest_step(stage: Path) -> int | None:
     """The step of the newest whole checkpoint in a stage's folder; None where there is none."""
     steps = [int(each.name) for each in stage.iterdir() if each.name.isdigit()] if stage.is_dir() else []
     return max(steps, default=None)
+
+
+def latest_whole(stage: Path) -> tuple[int | None, str | None]:
+    """(the step of the newest checkpoint that is not damaged, what is damaged in a newer one); None where none is."""
+    steps = [int(each.name) for each in stage.iterdir() if each.name.isdigit()] if stage.is_dir() else []
+    newest = None
+    for step in sorted(steps, reverse=True):
+        damage = digests.damage(stage / str(step))
+        if damage is None:
+            return step, newest
+        newest = newest or f"the checkpoint of step {step} is damaged: {damage}"
+    return None, newest
 
 
 def importance_of(workdir: Path, policy: str | Path) -> Path:

@@ -56,8 +56,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = parse(argv)
     if arguments.evaluate is not None:
-        if overrides and not all(word.startswith("--data.") or not word.startswith("--") for word in overrides):
-            raise Refusal("with --evaluate the config is the file's own; only --data options can be given")
+        free = ("--data.", "--model.name")
+        if not all(word.startswith(free) or not word.startswith("--") for word in overrides):
+            raise Refusal(
+                "with --evaluate the config is the file's own; only --data options and --model.name can be given"
+            )
         from mpq_jax.export.command import evaluate
 
         evaluate(arguments.evaluate, overrides, arguments.check)

@@ -6,12 +6,11 @@ python train.py --config configs/digits.py --workdir runs/digits --policy runs/d
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mpq_jax import config as config_lib
-from mpq_jax import workdir
+from mpq_jax import lock, workdir
 from mpq_jax.types import Refusal
 
 
@@ -65,14 +64,14 @@ def run(arguments: argparse.Namespace, config: config_lib.Config) -> None:
 @config_lib.command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, config = parse(argv)
-    claimed = workdir.claim(arguments.workdir, config, finetuning=arguments.policy is not None)
-    try:
-        run(arguments, config)
-    except Refusal:
-        if claimed:
-            workdir.release(arguments.workdir)
-        raise
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    finetuning = arguments.policy is not None
+    workdir.check_place(arguments.workdir, finetuning)
+    with lock.only_one(arguments.workdir):
+        claimed = workdir.claim(arguments.workdir, config, finetuning)
+        try:
+            run(arguments, config)
+        except Refusal:
+            if claimed:
+                workdir.release(arguments.workdir)
+            raise
     return 0

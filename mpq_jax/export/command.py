@@ -1,6 +1,7 @@
 """What `python -m mpq_jax.export` does: writes the files, compares them with the model, measures a file."""
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Iterator, Sequence
@@ -127,11 +128,12 @@ WRITERS = {
 }
 
 
+KEPT = ("seed", "data", "model", "quantize")
+
+
 def _kept(config: Config) -> dict[str, Any]:
     """What making the model and reading its data again takes, as JSON."""
-    return {
-        key: value for key, value in config_lib.to_json(config).items() if key in ("seed", "data", "model", "quantize")
-    }
+    return {key: value for key, value in config_lib.to_json(config).items() if key in KEPT}
 
 
 def table(sizes: packed.Sizes) -> list[str]:
@@ -201,13 +203,34 @@ def _shapes(run: stages.Run) -> Any:
 # ---- measuring a file ---------------------------------------------------------------------------------------------
 
 
+def config_of(file: packed.File, overrides: Sequence[str]) -> Config:
+    """The config that a packed file was made with, and overrides.
+
+    Raises Refusal for one that is none, and for a file that names a model of its own, whose code would be run, unless
+    --model.name says that it may.
+    """
+    try:
+        theirs = config_lib.from_json(file.config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refusal(f"{file.path} is not of this program ({error}); export it again") from None
+    # All weights are in the file; it names no other to be read.
+    config = dataclasses.replace(theirs, model=dataclasses.replace(theirs.model, weights=""))
+    config = config_lib.override(config, overrides)
+    named = any(word.partition("=")[0] == "--model.name" for word in overrides)
+    if ":" in config.model.name and not named:
+        raise Refusal(
+            f"{file.path} is of the model {config.model.name!r}, whose code would be run; if it is yours, add "
+            f"--model.name {config.model.name}"
+        )
+    if config.model.name != theirs.model.name:
+        raise Refusal(f"{file.path} is of the model {theirs.model.name!r}, not of {config.model.name!r}")
+    return config
+
+
 def evaluate(path: Path, overrides: Sequence[str], limit: int | None) -> float:
     """The accuracy of a packed file on its test set, run with integers. limit: how many images; None: all."""
     file = packed.load(path)
-    try:
-        config = config_lib.override(config_lib.from_json(file.config), overrides)
-    except (KeyError, TypeError, ValueError) as error:
-        raise Refusal(f"{path} is not of this program ({error}); export it again") from None
+    config = config_of(file, overrides)
     run = stages.open_run(config, path.parent)
     shapes = _shapes(run)
     make = functools.lru_cache(maxsize=4)(

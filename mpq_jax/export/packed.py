@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mpq_jax import flax_seam
+from mpq_jax.export import checks
 from mpq_jax.export.bits import pack, payload_bytes, unpack
 from mpq_jax.export.fold import fold
 from mpq_jax.export.graph import Constant, Graph, Product, Weight, graph
@@ -224,8 +225,8 @@ def load(path: str | Path) -> File:
         raise Refusal(f"{path} is of version {metadata.get('version')!r}, this program reads version {VERSION}")
     if _digest(metadata, tensors) != metadata.get("sha256"):
         raise Refusal(f"{path} was changed after it was written (its checksum differs); make it again with: {MADE_BY}")
-    layers = {entry["path"]: entry for entry in json.loads(metadata["layers"])}
-    return File(path, metadata["quantizer"], json.loads(metadata["config"]), layers, tensors)
+    config, layers = checks.parsed(path, metadata, tensors)
+    return File(path, metadata["quantizer"], config, layers, tensors)
 
 
 def sizes(path: str | Path) -> Sizes:
@@ -261,6 +262,13 @@ def restore(file: File, model: QuantizedModel, shapes: Any) -> tuple[dict[str, A
     What the file does not hold is NaN: nothing reads it.
     Raises Refusal for a file of another model.
     """
+    try:
+        return _restored(file, model, shapes)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise Refusal(f"{file.path} belongs to another model: {error}") from None
+
+
+def _restored(file: File, model: QuantizedModel, shapes: Any) -> tuple[dict[str, Any], dict[str, Bits]]:
     paths = {layer.path for layer in model.layers if layer.path in {p for s in model.specs.values() for p in s.paths}}
     if paths != set(file.layers):
         odd = min(paths ^ set(file.layers))

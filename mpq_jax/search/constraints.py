@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpq_jax.rules import check_rules
+from mpq_jax.rules import check_rules, compiled
 from mpq_jax.types import Importance, Refusal
 
 FORMS = '"8,8", "4,4|4,8|8,8", "w2/4/8,a4/8", "4/8", "w4+", "4-", "not w2", "equal", "share" or "share a"'
@@ -41,10 +41,7 @@ def parse_rule(text: str) -> Rule:
     pattern, equals, value = text.rpartition("=")
     if not equals or not pattern:
         raise Refusal(f'rule {text!r} is not understood; write "regex=value" with a value such as {FORMS}')
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise Refusal(f"rule {text!r}: {pattern!r} is not a regular expression: {error}") from None
+    compiled(pattern, f"rule {text!r}:")
     value = value.strip()
     if value in ("share", "share a"):
         return Rule(pattern, None, text, "wa" if value == "share" else "a")

@@ -201,10 +201,17 @@ class TrainingLog:
 
     def load(self, step: int) -> None:
         """Takes what the file says of the steps before `step`, where a training goes on."""
-        if step and self._path.exists():
+        if not step:
+            return
+        try:
             lines = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
             self._lines = [line for line in lines if line["step"] < step]
-            self._before = self._lines[-1]["seconds"] if self._lines else 0.0
+            self._before = float(self._lines[-1]["seconds"])
+            whole = [line["step"] for line in self._lines] == list(range(step))
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            whole = False
+        if not whole:
+            raise Refusal(f"{self._path} is damaged; delete {self._path.parent} to start this search again")
 
     def seconds(self) -> float:
         """Since the start of the search, those before a kill included."""

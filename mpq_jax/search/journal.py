@@ -113,6 +113,16 @@ def _bits_to_json(policy: Policy) -> dict[str, list[Any]]:
     return {path: [list(w) if isinstance(w, Sequence) else w, a] for path, (w, a) in policy.items()}
 
 
+def _is_evaluation(value: Any) -> bool:
+    """Whether a line says what was measured of which policy. A loss of null was no number."""
+    if not isinstance(value, dict) or not isinstance(value.get("policy"), dict) or "loss" not in value:
+        return False
+    numbers = [value.get("accuracy"), value.get("seconds"), *([] if value["loss"] is None else [value["loss"]])]
+    if not all(type(number) in (int, float) and abs(number) < 1e300 for number in numbers):
+        return False
+    return 0 <= value["accuracy"] <= 1 and value["seconds"] >= 0
+
+
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a log. One that was being written at a kill is cut off; anything else that is broken is refused."""
     if not path.exists():
@@ -126,10 +136,9 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             value = json.loads(line)
-            known = all(key in value for key in ("policy", "loss", "accuracy", "seconds"))
-        except (ValueError, TypeError):
-            known = False
-        if not known:
+        except (ValueError, RecursionError):
+            value = None
+        if not _is_evaluation(value):
             raise Refusal(f"{path}, line {number} is no evaluation; delete the file to start again")
         lines.append(value)
     return lines

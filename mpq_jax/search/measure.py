@@ -41,7 +41,8 @@ def open_bench(workdir: Path, settings: Measuring) -> Bench:
             f"the run in {workdir} has no validation split, which policies are measured on; train one with "
             "--data.validation_fraction 0.1"
         )
-    float_variables = stages.pretrain(run)
+    float_variables = stages.finished_float(run)
+    stages.check_finished(run, "joint", config.joint)
     state, _ = stages.joint_train(run, stages.calibrated(run, float_variables))
     rows = stages.rows_of(float_variables, 1)
     _, accuracies = stages.evaluate(run, float_variables["params"], rows, None, "validation", settings.examples or None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq_jax import costs
+from mpq_jax import costs, lock
 from mpq_jax import policy as policies
 from mpq_jax.files import write_json
 from mpq_jax.importance import layer_to_json, sha256
@@ -72,12 +72,13 @@ def find(
     bench = measure.open_bench(workdir, settings)
     evaluate = measure.evaluator(bench)
     request = {"method": method, "seed": seed, "settings": dataclasses.asdict(settings)}
-    write_json(
-        folder / "search.json",
-        {"format": "mpq-search", "version": 1, **request, "budgets": {b.text: b.limit for b in budgets}},
-    )
-    journal = Journal(folder / "evaluations.jsonl", importance, budgets, evaluate, evaluations, seconds)
-    _run(method, problem, journal, settings, seed, bench)
+    with lock.only_one(folder):
+        write_json(
+            folder / "search.json",
+            {"format": "mpq-search", "version": 1, **request, "budgets": {b.text: b.limit for b in budgets}},
+        )
+        journal = Journal(folder / "evaluations.jsonl", importance, budgets, evaluate, evaluations, seconds)
+        _run(method, problem, journal, settings, seed, bench)
     best = best_of(method, journal.evaluated)
     return solution(method, budgets, best, journal.elapsed), best.measured, evaluate
 

@@ -8,6 +8,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -221,6 +222,9 @@ def in_child(function: Callable[..., Answer], arguments: tuple[Any, ...], second
     receiver, sender = context.Pipe(duplex=False)
 
     def work() -> None:
+        # Ends it whatever HiGHS does, and though the parent was killed.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(math.ceil(seconds) + 5)
         # HiGHS prints a banner; the child's standard output is nobody's.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         try:

@@ -72,7 +72,9 @@ def float_model(found: Any, where: str) -> FloatModel:
         raise Refusal(f"{where} returned {_described(found)}; return {WANTED}")
     is_nnx = isinstance(module, nnx.Module)
     if is_nnx and model.variables is not None:
-        raise Refusal(f"{where} gave variables beside an NNX module, which holds its own; use FloatModel(…, trained=True)")
+        raise Refusal(
+            f"{where} gave variables beside an NNX module, which holds its own; use FloatModel(…, trained=True)"
+        )
     if not is_nnx and model.trained and model.variables is None:
         raise Refusal(f"{where} says trained=True and gives no variables; return FloatModel(module, variables)")
     if model.variables is not None and "params" not in model.variables:
@@ -81,10 +83,14 @@ def float_model(found: Any, where: str) -> FloatModel:
     inputs = (model.inputs,) if isinstance(model.inputs, str) else tuple(model.inputs)
     rngs = (model.rngs,) if isinstance(model.rngs, str) else tuple(model.rngs)
     if not inputs:
-        raise Refusal(f'{where} names no inputs; name the arrays of a batch that the module takes, e.g. inputs=("image",)')
+        raise Refusal(
+            f'{where} names no inputs; name the arrays of a batch that the module takes, e.g. inputs=("image",)'
+        )
     for name in ("loss", "correct"):
         if getattr(model, name) is not None and not callable(getattr(model, name)):
-            raise Refusal(f"{where} gave {_described(getattr(model, name))} as {name}; give a function of (outputs, batch)")
+            raise Refusal(
+                f"{where} gave {_described(getattr(model, name))} as {name}; give a function of (outputs, batch)"
+            )
     if model.correct is not None and model.loss is None:
         raise Refusal(f"{where} gave correct without loss; give both, or neither for classification by label")
     flags = call_flags(module, is_nnx)

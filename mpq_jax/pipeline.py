@@ -40,7 +40,8 @@ def learn_float(config: Config, workdir: Path) -> tuple[stages.Run, Mapping[str,
         print(f"note: joint training of this run will make no importance.json: {reason}")
     variables = stages.pretrain(run)
     loss, accuracy = _evaluated(run, variables, None, "validation")
-    print(f"float: validation accuracy {accuracy:.2%}, loss {loss:.4f}")
+    shown = f"validation accuracy {accuracy:.2%}, loss" if run.has_accuracy else "validation loss"
+    print(f"float: {shown} {loss:.4f}")
     return run, variables
 
 
@@ -205,11 +206,12 @@ def _evaluated(run: stages.Run, variables: Any, chosen: Policy | None, split: st
 
 def _row(name: str, table: Importance, measured, group: Sequence[Policy], as_float: bool = False) -> report.AccuracyRow:
     losses, accuracies = np.array(measured).T
+    known = not np.isnan(accuracies).any()
     layers = [layer._replace(bits=None) if as_float else layer for layer in table.layers]
     return report.AccuracyRow(
         name=name if len(group) == 1 else f"{name} (mean of {len(group)})",
-        accuracy=float(accuracies.mean()),
-        accuracy_std=float(accuracies.std(ddof=1)) if len(group) > 1 else None,
+        accuracy=float(accuracies.mean()) if known else None,
+        accuracy_std=float(accuracies.std(ddof=1)) if len(group) > 1 and known else None,
         runs=len(group),
         loss=float(losses.mean()),
         bitops=round(np.mean([costs.bitops(layers, p) for p in group])),

@@ -10,7 +10,7 @@ import optax
 from mpq_jax.float_model import FloatModel
 from mpq_jax.types import Refusal
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]  # of arrays
 
 
 class Task(NamedTuple):
@@ -22,6 +22,7 @@ class Task(NamedTuple):
         thing as a right answer, the first is not a number.
     train_kwargs, eval_kwargs: keyword arguments of the model's call in training and in evaluation.
     streams: names of the random streams that a Linen model asks for in training.
+    needs_label: whether batches must have a "label".
     """
 
     inputs: Callable[[Batch], tuple[Any, ...]]
@@ -30,6 +31,7 @@ class Task(NamedTuple):
     train_kwargs: Mapping[str, Any]
     eval_kwargs: Mapping[str, Any]
     streams: tuple[str, ...] = ("dropout",)
+    needs_label: bool = True
 
 
 def logits_of(outputs: Any) -> Any:
@@ -101,7 +103,12 @@ def by_example(
             return jnp.float32(jnp.nan), _valid(batch, inputs).sum()
         return of_each(correct, outputs, batch)
 
-    return Task(_picked(inputs), mean_loss, right, train_kwargs, eval_kwargs, tuple(streams))
+    return Task(_picked(inputs), mean_loss, right, train_kwargs, eval_kwargs, tuple(streams), needs_label=False)
+
+
+def random_streams(task: Task, key: jax.Array) -> dict[str, jax.Array]:
+    """{stream: key} for a model's call; all of them different."""
+    return {name: jax.random.fold_in(key, i) if i else key for i, name in enumerate(task.streams)}
 
 
 def task_of(model: FloatModel, label_smoothing: float = 0.0) -> Task:

@@ -58,6 +58,7 @@ class Pretrain:
     steps: int = 400  # 0: by epochs
     epochs: float = 0.0
     batch_size: int = 128
+    optimizer: str = "sgd"  # sgd or adamw
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -103,6 +104,7 @@ class Finetune:
     steps: int = 300
     epochs: float = 0.0
     batch_size: int = 128
+    optimizer: str = "sgd"  # of the weights: sgd or adamw
     learning_rate: float = 0.04
     momentum: float = 0.9
     weight_decay: float = 2.5e-5

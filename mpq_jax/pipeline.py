@@ -193,7 +193,10 @@ def starts(run: stages.Run, joint_state: joint.TrainState | None, calibrated: Ma
 
 def stage_of(config: Config, chosen: Policy) -> str:
     """A folder's name for one policy under these settings: others never resume from it."""
-    settings = json.dumps(dataclasses.asdict(config.finetune), sort_keys=True)
+    values = dataclasses.asdict(config.finetune)
+    if values["optimizer"] == "sgd":
+        del values["optimizer"]  # folders from before there was a choice are found again
+    settings = json.dumps(values, sort_keys=True)
     bits = json.dumps({path: list(b) for path, b in chosen.items()}, sort_keys=True)
     return hashlib.sha256((settings + bits).encode()).hexdigest()[:12]
 

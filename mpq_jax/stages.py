@@ -205,7 +205,8 @@ def pretrain(run: Run) -> Mapping[str, Any]:
     if run.config.model.weights:
         return run.variables
     steps = steps_of(settings, run)
-    optimizer = optimizers.sgd(
+    optimizer = optimizers.weights_optimizer(
+        settings.optimizer,
         optimizers.schedule(settings.learning_rate, steps, warmup=min(settings.warmup_steps, steps // 2)),
         settings.momentum,
         settings.weight_decay,
@@ -380,7 +381,8 @@ def finetune_optimizer(model: QuantizedModel, settings: Finetune, steps: int) ->
     step_sizes = optax.adam(optimizers.schedule(settings.step_size_learning_rate, updates, warmup=warmup))
     optimizer = optimizers.partition(
         model,
-        optimizers.sgd(
+        optimizers.weights_optimizer(
+            settings.optimizer,
             optimizers.schedule(settings.learning_rate, updates, warmup=warmup),
             settings.momentum,
             settings.weight_decay,

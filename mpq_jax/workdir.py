@@ -1,5 +1,6 @@
 """A run's folder: whose it is, and what lies where. No JAX."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -28,6 +29,9 @@ def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> bool:
         write_json(path, {"format": "mpq-run", "version": 1, "config": mine})
         return True
     theirs = read_json(path, "mpq-run", 1, "python train.py --config … --workdir …")["config"]
+    # A value that there was no option for when the run was started is what it always was: the default.
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        theirs = config_lib.to_json(config_lib.from_json(theirs))
     changed = [key for key in config_lib.differences(mine, theirs, _LEARNING) if key not in _FREE]
     if changed:
         shown = ", ".join(f"{key} is {_at(theirs, key)} there, {_at(mine, key)} now" for key in changed[:3])

@@ -46,11 +46,12 @@ class ResNet(nn.Module):
     """[B, 8, 8, 1] -> logits [B, 10]."""
 
     width: int = 16
+    blocks: int = 3
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = nn.relu(nn.Conv(self.width, (3, 3), name="stem")(x))
-        for i in range(3):
+        for i in range(self.blocks):
             x = Block(self.width * 2**i, 1 if i == 0 else 2, name=f"block{i + 1}")(x, train)
         return nn.Dense(10, name="head")(x.mean((1, 2)))
 
@@ -116,13 +117,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", default="bitops=W3A3")
     parser.add_argument("--steps", type=int, nargs=3, default=(400, 200, 200), help="float, joint, fine-tuning")
     parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--bit-widths", type=int, nargs="+", default=(2, 3, 4, 5, 6))
     options = parser.parse_args(argv)
-    sets, net = digits(), ResNet(options.width)
+    sets, net = digits(), ResNet(options.width, options.blocks)
     example = sets["train"]["image"][:256]
 
     float_variables = trained(net, sets["train"], options.steps[0], 0.05)
 
-    model = mpq_jax.quantize(net, example, train=False)
+    model = mpq_jax.quantize(net, example, bit_widths=options.bit_widths, train=False)
     start = model.calibrate(float_variables, example, train=False)
     importance, learned = importance_of(model, start, sets["train"], options.steps[1])
     (budget,) = mpq_jax.parse_budgets([options.budget], model.layers, model.bit_widths, model.activation_bit_widths)

@@ -93,7 +93,7 @@ class Distance(nn.Module):
         x = jnp.concatenate([a, b], -1)
         if is_training:
             x = x + 0.01 * jax.random.normal(self.make_rng(self.noise), x.shape)
-        for i, width in enumerate((16, 16, 16)):
+        for i, width in enumerate((16, 16)):
             x = nn.relu(nn.Dense(width, name=f"dense{i}")(x))
         return {"distance": nn.Dense(1, name="head")(x)[..., 0]}
 

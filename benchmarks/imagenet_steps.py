@@ -46,8 +46,9 @@ def real_steps(name: str, batch: int, data_dir: Path, workdir: Path) -> None:
 
 def ahead_of_time(name: str, batch: int) -> None:
     config = config_lib.load(ROOT / f"configs/{name}.py")
-    shape, classes = build.SHAPES["imagenet2012"]
-    model = build.quantized(config, classes, shape)
+    features, classes = build.features(config)
+    source, shape = build.float_model(config, classes), features["image"][0]
+    model = build.quantized(config, source, features)
     uniform = joint.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
     optimizer = stages.joint_optimizer(model, config.joint, 1000)
     step = joint.make_step(
@@ -62,7 +63,7 @@ def ahead_of_time(name: str, batch: int) -> None:
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
     def state(images):
-        variables = build.float_model(config, classes).init(jax.random.key(0), images[:1])
+        variables = source.module.init(jax.random.key(0), images[:1])
         calibrated = model.calibrate(variables, images, train=False)
         return joint.init_state(calibrated, optimizer, 6, affine_per_row=True)
 

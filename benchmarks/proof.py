@@ -270,7 +270,7 @@ def criteria(bench: Bench, names: Sequence[str]) -> None:
         "rows": log,
         "log": log,
         "base": bench.table,
-        "pairs": pairs_of(bench.run.model, bench.run.variables, bench.run.dataset.image_shape),
+        "pairs": pairs_of(bench.run.model, bench.run.variables, bench.run.example()),
         "seed": config.seed,
         **config_lib.to_json(dataclasses.replace(config, criteria=settings))["criteria"],
     }
@@ -349,10 +349,9 @@ def samples(bench: Bench) -> None:
         bench.lines.add(key, policies=as_lists(policies, table), loss=loss.tolist(), divergence=divergence.tolist())
 
 
-def pairs_of(model: QuantizedModel, variables: Any, image_shape: Sequence[int]) -> Any:
+def pairs_of(model: QuantizedModel, variables: Any, inputs: Sequence[Any]) -> Any:
     """The coupled pairs of searched layers; `variables` may be shapes."""
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return searched_pairs(model, coupled_pairs(model, jax.eval_shape(lambda: variables), image, train=False))
+    return searched_pairs(model, coupled_pairs(model, jax.eval_shape(lambda: variables), *inputs, train=False))
 
 
 def sampled_table(model: QuantizedModel, pairs: Any, lines: Lines, name: str, budget: str) -> Importance:
@@ -415,7 +414,7 @@ def chosen(bench: Bench, budget: str, name: str) -> list[list[int]]:
         choice = random_policies(table, budgets, 1, seed=bench.seed)[0]
     else:
         if name in SAMPLED:
-            pairs = pairs_of(bench.run.model, bench.run.variables, bench.run.dataset.image_shape)
+            pairs = pairs_of(bench.run.model, bench.run.variables, bench.run.example())
             own = sampled_table(bench.run.model, pairs, bench.lines, name, budget)
         else:
             own, _ = importance.repair(importance.load_importance(files.path_of(bench.workdir, name)))
@@ -534,11 +533,17 @@ def predicted(workdir: Path) -> None:
     Tables that follow from joint training alone are made here where they are not there.
     """
     config, lines = workdirs.load_config(workdir), Lines(workdir / "lines.jsonl")
-    shape, classes = build.SHAPES[config.data.name]
-    model = build.quantized(config, classes, shape)
-    variables = jax.eval_shape(lambda: build.float_variables(config, model, classes, shape))
+    features, classes = build.features(config)
+    source = build.float_model(config, classes)
+    model = build.quantized(config, source, features)
+    variables = jax.eval_shape(lambda: build.float_variables(config, source, model, features))
     base, _ = importance.repair(importance.load_importance(workdir / "importance.json"))
-    given = {"model": model, "base": base, "pairs": pairs_of(model, variables, shape), "seed": config.seed}
+    given = {
+        "model": model,
+        "base": base,
+        "pairs": pairs_of(model, variables, build.example(source, features)),
+        "seed": config.seed,
+    }
     given |= config_lib.to_json(config)["criteria"]
     if files.rows_file(workdir).exists():
         given["rows"] = given["log"] = load_rows(files.rows_file(workdir), model.layers)

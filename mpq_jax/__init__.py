@@ -10,12 +10,11 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two l
     from mpq_jax.config import Config
     from mpq_jax.costs import bitops, parse_budgets, size
     from mpq_jax.criteria.learned import learned
+    from mpq_jax.float_model import FloatModel
     from mpq_jax.importance import load_importance, save_importance
     from mpq_jax.joint import (
         Distill,
-        Task,
         TrainState,
-        classification,
         init_state,
         joint_loss,
         make_batch_statistics,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two l
     from mpq_jax.quantized_model import quantize
     from mpq_jax.quantizers import lq_nets, lsq, pact, qil
     from mpq_jax.search import best_uniform, random_policies, solve
+    from mpq_jax.tasks import Task, by_example, classification
     from mpq_jax.types import (
         Bits,
         Budget,
@@ -47,12 +47,11 @@ _HOME = {
     "config": ("Config",),
     "costs": ("bitops", "parse_budgets", "size"),
     "criteria.learned": ("learned",),
+    "float_model": ("FloatModel",),
     "importance": ("load_importance", "save_importance"),
     "joint": (
         "Distill",
-        "Task",
         "TrainState",
-        "classification",
         "init_state",
         "joint_loss",
         "make_batch_statistics",
@@ -67,6 +66,7 @@ _HOME = {
     "quantized_model": ("quantize",),
     "quantizers": ("lq_nets", "lsq", "pact", "qil"),
     "search": ("best_uniform", "random_policies", "solve"),
+    "tasks": ("Task", "by_example", "classification"),
     "types": (
         "Bits",
         "Budget",
@@ -87,6 +87,7 @@ __all__ = [
     "Budget",
     "Config",
     "Distill",
+    "FloatModel",
     "Importance",
     "Interaction",
     "Layer",
@@ -100,6 +101,7 @@ __all__ = [
     "__version__",
     "best_uniform",
     "bitops",
+    "by_example",
     "classification",
     "init_state",
     "joint_loss",

@@ -1,7 +1,6 @@
 """From a config to the model, the quantizer and the layer table."""
 
 import dataclasses
-import importlib
 import inspect
 import re
 from collections.abc import Mapping
@@ -10,8 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpq_jax import models
+from mpq_jax import data, factories, models, trial, weights
 from mpq_jax.config import Config, Quantize
+from mpq_jax.data.opening import image_features
+from mpq_jax.float_model import FloatModel
+from mpq_jax.float_model import float_model as checked
 from mpq_jax.pretrained import load_safetensors, torch_names
 from mpq_jax.quantized_model import quantize
 from mpq_jax.quantizers import QUANTIZERS
@@ -29,24 +31,60 @@ SHAPES = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def float_model(config: Config, num_classes: int) -> Any:
-    """The user's model: a name in mpq_jax.models, or "package.module:factory" called with (num_classes, **options).
+# Array name -> (shape, dtype) of one example in a batch.
+Features = Mapping[str, tuple[tuple[int, ...], Any]]
 
-    Raises Refusal for a name or an option that does not exist.
+
+def float_model(config: Config, num_classes: int | None) -> FloatModel:
+    """The config's model: a name in mpq_jax.models, or the user's "package.module:factory".
+
+    A factory is called with model.options, and with num_classes where it takes that.
+    Raises Refusal for a name or an option that does not exist, and for what is no model.
     """
     if config.model.dtype not in DTYPES:
         raise Refusal(f"model.dtype {config.model.dtype!r} is not known; choose one of {', '.join(DTYPES)}")
-    options = dict(config.model.options)
+    options, name = dict(config.model.options), config.model.name
     if config.model.dtype != "float32":
         options["dtype"] = DTYPES[config.model.dtype]
-    name = config.model.name
+    if factories.is_factory(name):
+        offered = {} if num_classes is None else {"num_classes": num_classes}
+        return checked(factories.made("--model", name, options, offered), f"--model {name}")
+    if num_classes is None:
+        raise Refusal(f"model {name!r} needs to know the classes, and --data {config.data.name} has no integer label")
     try:
-        if ":" not in name:
-            return models.create(name, num_classes, **options)
-        module, _, factory = name.partition(":")
-        return getattr(importlib.import_module(module), factory)(num_classes=num_classes, **options)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        return checked(models.create(name, num_classes, **options), f"--model {name}")
+    except (TypeError, ValueError) as error:
         raise Refusal(f"model {name!r} cannot be made: {str(error).splitlines()[0]}") from None
+
+
+def open_data(config: Config) -> data.Dataset | data.OwnData:
+    """The config's data set, or the user's own. Raises Refusal for what is not there or cannot be used."""
+    settings = config.data
+    common: dict[str, Any] = {
+        "validation_fraction": settings.validation_fraction,
+        "seed": config.seed,
+        "augment": settings.augment,
+    }
+    if factories.is_factory(settings.name):
+        found = factories.made("--data", settings.name, settings.options)
+        return data.open_own(settings.name, found, **common)
+    if settings.options:
+        raise Refusal(
+            f"data.options are for a function of your own (--data my_pkg.module:function), not for {settings.name}"
+        )
+    return data.open_dataset(
+        settings.name, data_dir=settings.data_dir or None, image_size=settings.image_size or None, **common
+    )
+
+
+def example(model: FloatModel, features: Features, count: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of what the model is called with, for `count` examples. Raises Refusal for an input the data lack."""
+    if missing := [name for name in model.inputs if name not in features]:
+        raise Refusal(
+            f"the model takes {missing[0]!r}, and the data have {', '.join(features)}; name what it takes: "
+            "mpq_jax.FloatModel(…, inputs=(…,))"
+        )
+    return tuple(jax.ShapeDtypeStruct((count, *features[name][0]), features[name][1]) for name in model.inputs)
 
 
 def quantizer(config: Config) -> Quantizer:
@@ -83,8 +121,8 @@ def rules(config: Config) -> Rules:
     return pairs
 
 
-def quantized(config: Config, num_classes: int, image_shape: tuple[int, int, int]) -> QuantizedModel:
-    """The config's model, quantized as it says. Only shapes are computed."""
+def quantized(config: Config, model: FloatModel, features: Features) -> QuantizedModel:
+    """The model, quantized as the config says. Only shapes are computed."""
     settings = config.quantize
     ends: Bits | None = None
     if settings.ends != "searched":
@@ -92,58 +130,71 @@ def quantized(config: Config, num_classes: int, image_shape: tuple[int, int, int
         if not isinstance(parsed, Bits):
             raise Refusal(f'quantize.ends {settings.ends!r} must be bits such as "8,8", or "searched"')
         ends = parsed
-    return quantize(
-        float_model(config, num_classes),
-        jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
+    inputs = example(model, features)
+    shapes = trial.shapes(model, inputs, config.model.name)
+    found = quantize(
+        model.module,
+        *inputs,
         bit_widths=settings.bit_widths,
         activation_bit_widths=settings.activation_bit_widths or None,
         quantizer=quantizer(config),
         rules=rules(config),
         ends=ends,
         tie_activations=settings.tie_activations,
-        train=False,
+        variables=shapes,
+        **(model.eval_kwargs or {}),
     )
+    if factories.is_factory(config.model.name):
+        trial.check(model, found, shapes, features, config.model.name)
+    return found
 
 
 def float_variables(
-    config: Config, model: QuantizedModel, num_classes: int, image_shape: tuple[int, int, int]
+    config: Config, model: FloatModel, quantized: QuantizedModel, features: Features
 ) -> Mapping[str, Any]:
-    """The float model's variables: its own (NNX), or initialised from the seed; then `model.weights` where given."""
-    variables = model.variables
-    if variables is None:
-        x = jnp.zeros((1, *image_shape), jnp.float32)
-        variables = jax.jit(float_model(config, num_classes).init)(jax.random.key(config.seed), x)
-    if config.model.weights:
-        variables = load_safetensors(config.model.weights, config.model.name, variables)
-    return variables
+    """The float model's variables: its own, or initialised from the seed; then `model.weights` where given."""
+    inputs = example(model, features)
+    variables = quantized.variables
+    if model.variables is not None:
+        variables = weights.owned(model, trial.shapes(model, inputs, config.model.name), config.model.name)
+    elif variables is None:
+        variables = jax.jit(lambda: trial.init(model, jax.random.key(config.seed), inputs))()
+    if not config.model.weights:
+        return variables
+    if factories.is_factory(config.model.name):
+        return weights.load(config.model.weights, variables)
+    return load_safetensors(config.model.weights, config.model.name, variables)
 
 
 def layer_table(config: Config) -> tuple[Layer, ...]:
-    """The layer table of a config, from shapes alone: no data, no training.
+    """The layer table of a config, from shapes alone: no training, and no data but a user's own.
 
     Raises Refusal for a data set whose shape is not known without opening it.
     """
-    shape, num_classes = sample_shape(config)
-    return quantized(config, num_classes, shape).layers
+    found, num_classes = features(config)
+    return quantized(config, float_model(config, num_classes), found).layers
 
 
-def sample_shape(config: Config) -> tuple[tuple[int, int, int], int]:
-    """((height, width, channels), classes) of a config's data, without opening it.
+def features(config: Config) -> tuple[Features, int | None]:
+    """(features, classes) of a config's data, without opening it where it is not the user's own.
 
     Raises Refusal for a data set whose shape is not known.
     """
+    if factories.is_factory(config.data.name):
+        opened = open_data(config)
+        return opened.features, opened.num_classes
     if config.data.name not in SHAPES:
         raise Refusal(f"the image shape of {config.data.name!r} is not known here; known are {', '.join(SHAPES)}")
     shape, num_classes = SHAPES[config.data.name]
     size = config.data.image_size
-    return (size, size, shape[2]) if size else shape, num_classes
+    return image_features((size, size, shape[2]) if size else shape), num_classes
 
 
 def torch_layer_names(config: Config) -> dict[str, str]:
     """Torch's module name -> path of our layer; see pretrained.torch_names. From shapes alone."""
-    shape, num_classes = sample_shape(config)
-    model, x = float_model(config, num_classes), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    return torch_names(config.model.name, jax.eval_shape(model.init, jax.random.key(0), x))
+    found, num_classes = features(config)
+    model = float_model(config, num_classes)
+    return torch_names(config.model.name, trial.shapes(model, example(model, found), config.model.name))
 
 
 def uniform_name(bits: int) -> str:
@@ -152,13 +203,15 @@ def uniform_name(bits: int) -> str:
 
 
 __all__ = [
+    "example",
+    "features",
     "float_model",
     "float_variables",
     "layer_table",
+    "open_data",
     "quantized",
     "quantizer",
     "rules",
-    "sample_shape",
     "torch_layer_names",
     "uniform_name",
 ]

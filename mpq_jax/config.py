@@ -22,7 +22,9 @@ from mpq_jax.types import Refusal
 class Data:
     """The data set, and how its images are read."""
 
-    name: str = "digits"  # digits, fashion_mnist, cifar10, imagenet2012, or any TFDS image classification set
+    name: str = "digits"  # digits, fashion_mnist, cifar10, imagenet2012, any TFDS image classification set, or
+    # "my_package.module:function" for data of your own, see docs/own_model.md
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # JSON; passed to that function
     data_dir: str = ""  # where prepared sets lie; empty: data/ here, then ~/tensorflow_datasets
     validation_fraction: float = 0.1  # cut from the training split
     augment: bool = True
@@ -37,7 +39,8 @@ class Model:
     name: str = "resnet8"  # a name in mpq_jax.models, or "my_package.module:factory"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # JSON; passed to the model
     dtype: str = "float32"  # compute type: float32 or bfloat16; step sizes stay float32
-    weights: str = ""  # a .safetensors file in timm/torchvision naming, in place of float training
+    weights: str = ""  # in place of float training: .safetensors in timm/torchvision naming; of your own model,
+    # .safetensors of Flax paths, .msgpack, or an orbax checkpoint's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Pretrain:
     steps: int = 400  # 0: by epochs
     epochs: float = 0.0
     batch_size: int = 128
+    optimizer: str = "sgd"  # sgd or adamw
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -117,6 +121,7 @@ class Finetune:
     steps: int = 300
     epochs: float = 0.0
     batch_size: int = 128
+    optimizer: str = "sgd"  # of the weights: sgd or adamw
     learning_rate: float = 0.04
     momentum: float = 0.9
     weight_decay: float = 2.5e-5
@@ -201,12 +206,37 @@ PAPER_FINETUNE = Finetune(
 )
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def add_model(parser: argparse.ArgumentParser, also: str = "") -> None:
+    """The options --config, --model and --data of a command. also: what --config is good for there."""
+    parser.add_argument("--config", type=Path, help=f"{also}a config file, e.g. configs/digits.py")
+    parser.add_argument("--model", help="short for --model.name: one of mpq_jax.models, or my_package.module:factory")
+    parser.add_argument("--data", help="short for --data.name: a data set, or my_package.module:function")
+
+
+def of_model(arguments: argparse.Namespace, overrides: Sequence[str]) -> Config:
+    """The config that the options of `add_model` and overrides give. Without --config all else is at its default.
+
+    Raises Refusal where there is neither --config nor --model, and as `load` does.
+    """
+    if arguments.config is None and arguments.model is None:
+        raise Refusal("give --config, e.g. --config configs/digits.py, or your own --model my_package.module:factory")
+    return load(arguments.config, [*short(arguments), *overrides])
+
+
+def short(arguments: argparse.Namespace) -> list[str]:
+    """--model and --data as overrides."""
+    pairs = (("--model.name", arguments.model), ("--data.name", arguments.data))
+    return [word for key, value in pairs if value is not None for word in (key, value)]
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """The `config` that a config file defines, with command-line overrides (["--joint.steps", "100"]).
 
-    path: a file, or the name of one that comes with the package, such as `digits`.
+    path: a file, or the name of one that comes with the package, such as `digits`; None: a config of defaults.
     Raises Refusal for a file that is missing or defines none, and for unknown or ill-typed overrides.
     """
+    if path is None:
+        return override(Config(), overrides)
     path = find(path)
     try:
         config = runpy.run_path(str(path)).get("config")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen, nnx, traverse_util
 
+from mpq_jax.float_model import FLAGS
 from mpq_jax.types import Refusal, Variables
 
 Mutable = Sequence[str] | bool  # the collections whose updates are wanted; True: all
@@ -78,7 +79,7 @@ def _nnx(model: nnx.Module) -> Seam:
     flat = nnx.to_flat_state(state)
     # Where each NNX path stands among our collections, e.g. ("conv1", "kernel") -> params, "conv1/kernel".
     places = {path: (_collection(variable), "/".join(map(str, path))) for path, variable in flat}
-    takes_train = "train" in inspect.signature(type(model).__call__).parameters
+    takes = inspect.signature(type(model).__call__).parameters
 
     def gather(state: Any) -> Variables:
         collections: dict[str, dict[str, Any]] = {}
@@ -102,9 +103,11 @@ def _nnx(model: nnx.Module) -> Seam:
             raise Refusal("an NNX model carries its own random streams; leave rngs out")
         merged = nnx.merge(graph, scatter(variables))
         kwargs = dict(kwargs)
-        if "train" in kwargs and not takes_train:
-            # NNX keeps the mode in the modules, not in the call.
-            merged.train() if kwargs.pop("train") else merged.eval()
+        for flag in [flag for flag in FLAGS if flag in kwargs]:
+            # NNX keeps the mode in the modules; a call that takes a flag may look at either.
+            merged.train() if kwargs[flag] == FLAGS[flag] else merged.eval()
+            if flag not in takes:
+                kwargs.pop(flag)
         outputs = merged(*inputs, **kwargs)
         updates = gather(nnx.state(merged)) if mutable else {}
         wanted = list(updates) if mutable is True else (mutable or [])

@@ -14,48 +14,9 @@ from mpq_jax import flax_seam
 from mpq_jax.operands import with_state
 from mpq_jax.policy import stack
 from mpq_jax.policy import uniform as uniform_policy
+from mpq_jax.tasks import Batch, Task, logits_of, random_streams
+from mpq_jax.tasks import classification as classification  # also known by this name
 from mpq_jax.types import Bits, Layer, QuantizedModel, Refusal
-
-Batch = Mapping[str, jax.Array]
-
-
-class Task(NamedTuple):
-    """What the network is trained for.
-
-    inputs(batch) -> positional arguments of the model's call.
-    loss(outputs, batch) -> [], the mean over the batch.
-    correct(outputs, batch) -> (right answers [], examples []); padded examples (label -1) count in neither.
-    train_kwargs, eval_kwargs: keyword arguments of the model's call in training and in evaluation.
-    """
-
-    inputs: Callable[[Batch], tuple[Any, ...]]
-    loss: Callable[[Any, Batch], jax.Array]
-    correct: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
-    train_kwargs: Mapping[str, Any]
-    eval_kwargs: Mapping[str, Any]
-
-
-def classification(label_smoothing: float = 0.0, train_kwargs=None, eval_kwargs=None) -> Task:
-    """Images to labels: batches {"image": [B, H, W, C], "label": int32 [B]}, a label of -1 marking padding."""
-
-    def loss(logits, batch):
-        labels = batch["label"]
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-        each = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
-        valid = labels >= 0
-        return jnp.where(valid, each, 0).sum() / jnp.maximum(valid.sum(), 1)
-
-    def correct(logits, batch):
-        valid = batch["label"] >= 0
-        return ((logits.argmax(-1) == batch["label"]) & valid).sum(), valid.sum()
-
-    return Task(
-        lambda batch: (batch["image"],),
-        loss,
-        correct,
-        {"train": True} if train_kwargs is None else train_kwargs,
-        {"train": False} if eval_kwargs is None else eval_kwargs,
-    )
 
 
 class Distill(NamedTuple):
@@ -231,7 +192,7 @@ def joint_loss(
     outputs, stats, measured = jax.vmap(forward, out_axes=(0, 0, 0))(rows, policies)
     losses = jax.vmap(lambda out: task.loss(out, batch))(outputs)
     if distill is not None:
-        losses = _distilled(distill, losses, outputs, policies, batch)
+        losses = _distilled(distill, losses, logits_of(outputs), policies, batch)
     total = task_weight * losses + error_weight * measured.get("error", 0.0) + measured.get("penalty", 0.0)
     moved = jax.tree.map(lambda x: x.sum(0), measured.get("state", {}))
     return total.sum(), (losses, stats, moved)
@@ -258,7 +219,8 @@ def _distilled(distill: Distill, losses, outputs, policies, batch):
         teacher, is_teacher = outputs[widest][None], jnp.arange(losses.shape[0]) == widest
     target = jax.lax.stop_gradient(jax.nn.log_softmax(teacher.astype(jnp.float32)))
     mine = jax.nn.log_softmax(outputs.astype(jnp.float32))
-    divergence = (jnp.exp(target) * (target - mine)).sum(-1).mean(-1)
+    divergence = (jnp.exp(target) * (target - mine)).sum(-1)
+    divergence = divergence.reshape(*losses.shape, -1).mean(-1)
     mixed = (1 - distill.weight) * losses + distill.weight * divergence
     return jnp.where(is_teacher, losses, mixed)
 
@@ -288,7 +250,7 @@ def make_step(
     State leaves of the quantizer are moved on once a step: each row gives its value for the leaf of its own bits, and
     where several rows have the same bits the leaf takes the mean.
     average: decay of the moving average of the parameters (0: none).
-    dropout: give the model a "dropout" stream each step (Linen; an NNX model carries its own).
+    dropout: give the model the task's random streams each step (Linen; an NNX model carries its own).
     The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
     """
 
@@ -326,7 +288,7 @@ def make_step(
             policies = concatenate(fixed, drawn) if fixed is not None else drawn
             searched = [layer for layer in model.layers if layer.searched]
             metrics["assignment"] = assignment_array(drawn, searched)
-        rngs = {"dropout": key_dropout} if dropout else None
+        rngs = random_streams(task, key_dropout) if dropout else None
         grads, losses, stats, moved = gradients(state, policies, batch, rngs)
         trained = (state.params, state.rows["affine"])
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
@@ -397,7 +359,7 @@ def make_batch_statistics(model: QuantizedModel, task: Task, dropout: bool = Fal
     old = 0 and from old = 1 gives both m and the batch's statistics, whatever the model.
     """
 
-    rngs = {"dropout": jax.random.key(0)} if dropout else None
+    rngs = random_streams(task, jax.random.key(0)) if dropout else None
 
     def statistics(params, stats, policies, batch):
         def row(stats, policy):

@@ -232,35 +232,31 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Co
     """Arguments and config; refuses what can be refused before JAX is imported."""
     parser = config_lib.Parser("python -m mpq_jax.latency", __doc__)
     add = parser.add_argument
-    add("--config", required=True, type=Path, help="a config file, e.g. configs/digits.py")
+    config_lib.add_model(parser)
     add("--out", required=True, type=Path, help="where the table is written, e.g. latency.json")
     add("--batch", type=int, default=1, help="samples at a time; times are of the whole batch (default 1)")
     add("--rounds", type=int, default=11, help="times that each kernel is measured, interleaved (default 11)")
     config_lib.add_help(parser)
     arguments, rest = parser.parse_known_args(argv)
-    config_lib.refuse_misspelt(rest, ("--config", "--out", "--batch", "--rounds"), parser.prog)
+    config_lib.refuse_misspelt(rest, ("--config", "--model", "--data", "--out", "--batch", "--rounds"), parser.prog)
     for name in ("batch", "rounds"):
         if getattr(arguments, name) < 1:
             raise Refusal(f"--{name} is {getattr(arguments, name)}; write a positive integer, e.g. --{name} 4")
-    config = config_lib.load(arguments.config, rest)
+    config = config_lib.of_model(arguments, rest)
     check_out(arguments.out, (arguments.config,))
     return arguments, config
 
 
 def run(arguments: argparse.Namespace, config: config_lib.Config, clock: Callable[[], float]) -> None:
     """Measures the config's model, prints the table, writes the file."""
-    import jax
-    import jax.numpy as jnp
+    from mpq_jax import build, products, trial
 
-    from mpq_jax import build, flax_seam, products
-
-    shape, num_classes = build.sample_shape(config)
-    model = build.quantized(config, num_classes, shape)
-    variables = flax_seam.seam(build.float_model(config, num_classes)).shapes(
-        (jax.ShapeDtypeStruct((1, *shape), jnp.float32),), {"train": False}
-    )
-    images = jax.ShapeDtypeStruct((arguments.batch, *shape), jnp.float32)
-    uses = products.uses(model, variables, images, train=False)
+    features, num_classes = build.features(config)
+    source = build.float_model(config, num_classes)
+    model = build.quantized(config, source, features)
+    variables = trial.shapes(source, build.example(source, features), config.model.name)
+    inputs = build.example(source, features, arguments.batch)
+    uses = products.uses(model, variables, *inputs, **(source.eval_kwargs or {}))
     made = provenance(arguments.batch, arguments.rounds)
     print(f"{made['device']} ({made['platform']}), jax {made['versions']['jax']}, batch {made['batch']}", flush=True)
     measured = products.measure((u.product for its in uses.values() for u in its), arguments.rounds, clock)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mpq_jax.layers import leaf_paths
-from mpq_jax.types import QuantizedModel
+from mpq_jax.types import QuantizedModel, Refusal
 
 
 def log_space(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -85,3 +85,12 @@ def sgd(rate: Any, momentum: float, weight_decay: float, clip: float = 0.0) -> o
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay))
     return optax.chain(*parts, optax.sgd(rate, momentum or None))
+
+
+def weights_optimizer(name: str, rate: Any, momentum: float, weight_decay: float) -> optax.GradientTransformation:
+    """What trains the weights: "sgd", or "adamw" (Loshchilov and Hutter 2019; momentum is its b1). Raises Refusal for others."""
+    if name == "sgd":
+        return sgd(rate, momentum, weight_decay)
+    if name == "adamw":
+        return optax.adamw(rate, b1=momentum, weight_decay=weight_decay)
+    raise Refusal(f'optimizer {name!r} is not known; choose "sgd" or "adamw"')

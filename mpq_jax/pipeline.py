@@ -40,7 +40,8 @@ def learn_float(config: Config, workdir: Path) -> tuple[stages.Run, Mapping[str,
         print(f"note: joint training of this run will make no importance.json: {reason}")
     variables = stages.pretrain(run)
     loss, accuracy = _evaluated(run, variables, None, "validation")
-    print(f"float: validation accuracy {accuracy:.2%}, loss {loss:.4f}")
+    shown = f"validation accuracy {accuracy:.2%}, loss" if run.has_accuracy else "validation loss"
+    print(f"float: {shown} {loss:.4f}")
     return run, variables
 
 
@@ -196,7 +197,10 @@ def starts(run: stages.Run, joint_state: joint.TrainState | None, calibrated: Ma
 
 def stage_of(config: Config, chosen: Policy) -> str:
     """A folder's name for one policy under these settings: others never resume from it."""
-    settings = json.dumps(dataclasses.asdict(config.finetune), sort_keys=True)
+    values = dataclasses.asdict(config.finetune)
+    if values["optimizer"] == "sgd":
+        del values["optimizer"]  # folders from before there was a choice are found again
+    settings = json.dumps(values, sort_keys=True)
     bits = json.dumps({path: list(b) for path, b in chosen.items()}, sort_keys=True)
     return hashlib.sha256((settings + bits).encode()).hexdigest()[:12]
 
@@ -209,11 +213,12 @@ def _evaluated(run: stages.Run, variables: Any, chosen: Policy | None, split: st
 
 def _row(name: str, table: Importance, measured, group: Sequence[Policy], as_float: bool = False) -> report.AccuracyRow:
     losses, accuracies = np.array(measured).T
+    known = not np.isnan(accuracies).any()
     layers = [layer._replace(bits=None) if as_float else layer for layer in table.layers]
     return report.AccuracyRow(
         name=name if len(group) == 1 else f"{name} (mean of {len(group)})",
-        accuracy=float(accuracies.mean()),
-        accuracy_std=float(accuracies.std(ddof=1)) if len(group) > 1 else None,
+        accuracy=float(accuracies.mean()) if known else None,
+        accuracy_std=float(accuracies.std(ddof=1)) if len(group) > 1 and known else None,
         runs=len(group),
         loss=float(losses.mean()),
         bitops=round(np.mean([costs.bitops(layers, p) for p in group])),

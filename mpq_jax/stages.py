@@ -20,8 +20,10 @@ from mpq_jax import build, checkpoint, data, joint, logs, optimizers, stopping
 from mpq_jax.config import Config, Finetune, Joint, Pretrain
 from mpq_jax.criteria.learned import RowLog
 from mpq_jax.files import whole
+from mpq_jax.float_model import FloatModel
 from mpq_jax.policy import stack
 from mpq_jax.progress import progress
+from mpq_jax.tasks import Task, logits_of, task_of
 from mpq_jax.types import Bits, Policy, QuantizedModel, Refusal
 from mpq_jax.workdir import latest_whole
 
@@ -29,37 +31,46 @@ from mpq_jax.workdir import latest_whole
 class Run(NamedTuple):
     """What every stage needs.
 
-    statistics, evaluate: joint's functions of those names, compiled once for all policies. sinks: of the logs.
+    source: the float model that `model` was made from. statistics, evaluate: joint's functions of those names, compiled
+    once for all policies. sinks: of the logs.
     """
 
     config: Config
     workdir: Path
-    dataset: data.Dataset
+    dataset: data.Dataset | data.OwnData
+    source: FloatModel
     model: QuantizedModel
     variables: Mapping[str, Any]
     statistics: Callable[..., Any]
     evaluate: Callable[..., Any]
     sinks: tuple[logs.Sink, ...]
 
+    def task(self, label_smoothing: float = 0.0) -> Task:
+        """What the run trains for. Raises Refusal for label smoothing of a loss that is the model's own."""
+        return task_of(self.source, label_smoothing)
+
+    def example(self, count: int = 1) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of what the model is called with, for `count` examples."""
+        return build.example(self.source, self.dataset.features, count)
+
+    @property
+    def has_accuracy(self) -> bool:
+        return self.source.loss is None or self.source.correct is not None
+
 
 def open_run(config: Config, workdir: Path) -> Run:
     """Opens the data set and builds the model. Raises Refusal for whatever is missing."""
     sinks = logs.sinks(config, workdir)
-    dataset = data.open_dataset(
-        config.data.name,
-        data_dir=config.data.data_dir or None,
-        validation_fraction=config.data.validation_fraction,
-        seed=config.seed,
-        image_size=config.data.image_size or None,
-        augment=config.data.augment,
-    )
-    model = build.quantized(config, dataset.num_classes, dataset.image_shape)
-    variables = build.float_variables(config, model, dataset.num_classes, dataset.image_shape)
-    task = joint.classification()
+    dataset = build.open_data(config)
+    source = build.float_model(config, dataset.num_classes)
+    model = build.quantized(config, source, dataset.features)
+    variables = build.float_variables(config, source, model, dataset.features)
+    task = task_of(source)
     return Run(
         config,
         workdir,
         dataset,
+        source,
         model,
         variables,
         statistics=jax.jit(joint.make_batch_statistics(model, task, dropout=_is_linen(model))),
@@ -203,21 +214,31 @@ def _train_batches(run: Run, batch_size: int, stage: str) -> Callable[[int], Ite
 
 
 def pretrain(run: Run) -> Mapping[str, Any]:
-    """Trains the float model, or takes the weights that were loaded. -> variables"""
+    """Trains the float model, or takes the weights that were loaded or came with it. -> variables"""
     settings = run.config.pretrain
     if run.config.model.weights:
         return run.variables
     steps = steps_of(settings, run)
-    optimizer = optimizers.sgd(
+    optimizer = optimizers.weights_optimizer(
+        settings.optimizer,
         optimizers.schedule(settings.learning_rate, steps, warmup=min(settings.warmup_steps, steps // 2)),
         settings.momentum,
         settings.weight_decay,
     )
-    task = joint.classification(settings.label_smoothing)
-    step = joint.make_step(run.model, task, optimizer, dropout=_is_linen(run.model))
+    step = joint.make_step(run.model, run.task(settings.label_smoothing), optimizer, dropout=_is_linen(run.model))
     state = joint.init_state(run.variables, optimizer, 1)
+    if run.source.is_trained:
+        _keep(run.workdir / "pretrain", steps, state)
     batches = _train_batches(run, settings.batch_size, "pretrain")
     return joint.row_variables(train(run, "pretrain", state, compile_step(step), steps, batches, ["float"]), 0)
+
+
+def _keep(directory: Path, steps: int, state: joint.TrainState) -> None:
+    """Weights that came trained are kept as the stage's last checkpoint: whatever follows finds them there, and finds
+    the same ones however the factory changes."""
+    with checkpoint.manager(directory) as manager:
+        if manager.latest_step() is None:
+            checkpoint.save(manager, steps, state)
 
 
 # ---- joint training -----------------------------------------------------------------------------------------------
@@ -226,8 +247,9 @@ def pretrain(run: Run) -> Mapping[str, Any]:
 def calibrated(run: Run, variables: Mapping[str, Any]) -> Mapping[str, Any]:
     """The float variables with step sizes started from one batch."""
     batch = next(_train_batches(run, max(run.config.joint.batch_size, 256), "calibrate")(0))
-    inputs = joint.classification().inputs(batch)
-    return jax.jit(lambda v, x: run.model.calibrate(v, *x, train=False))(variables, inputs)
+    task = run.task()
+    calibrate = jax.jit(lambda v, x: run.model.calibrate(v, *x, **task.eval_kwargs))
+    return calibrate(variables, task.inputs(batch))
 
 
 def joint_optimizer(model: QuantizedModel, settings: Joint, steps: int) -> optax.GradientTransformation:
@@ -264,7 +286,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
     names = [build.uniform_name(b) for b in widths] + [f"random{i + 1}" for i in range(settings.random_rows)]
     step = joint.make_step(
         model,
-        joint.classification(settings.label_smoothing),
+        run.task(settings.label_smoothing),
         optimizer,
         random=settings.random_rows,
         same_bits=settings.same_bits,
@@ -384,7 +406,8 @@ def finetune_optimizer(model: QuantizedModel, settings: Finetune, steps: int) ->
     step_sizes = optax.adam(optimizers.schedule(settings.step_size_learning_rate, updates, warmup=warmup))
     optimizer = optimizers.partition(
         model,
-        optimizers.sgd(
+        optimizers.weights_optimizer(
+            settings.optimizer,
             optimizers.schedule(settings.learning_rate, updates, warmup=warmup),
             settings.momentum,
             settings.weight_decay,
@@ -403,7 +426,7 @@ def finetuner(run: Run, teacher: Mapping[str, Any]) -> Callable[..., Mapping[str
     settings, model = run.config.finetune, run.model
     steps = steps_of(settings, run)
     optimizer = finetune_optimizer(model, settings, steps)
-    task = joint.classification(settings.label_smoothing)
+    task = run.task(settings.label_smoothing)
     distill = joint.Distill(settings.distill, "given") if settings.distill else None
     step = joint.make_step(model, task, optimizer, distill=distill, average=settings.average, dropout=_is_linen(model))
     compiled = compile_step(_taught(step, model, task, teacher) if distill else step)
@@ -420,10 +443,10 @@ def finetuner(run: Run, teacher: Mapping[str, Any]) -> Callable[..., Mapping[str
     return finetune
 
 
-def _taught(step, model: QuantizedModel, task: joint.Task, teacher: Mapping[str, Any]):
+def _taught(step, model: QuantizedModel, task: Task, teacher: Mapping[str, Any]):
     def taught(state, batch, key, fixed):
-        logits = model.apply(teacher, None, *task.inputs(batch), **task.eval_kwargs)
-        return step(state, {**batch, "teacher": logits}, key, fixed)
+        outputs = model.apply(teacher, None, *task.inputs(batch), **task.eval_kwargs)
+        return step(state, {**batch, "teacher": logits_of(outputs)}, key, fixed)
 
     return taught
 
@@ -460,7 +483,10 @@ def evaluate(
     split: str,
     limit: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(mean losses [P], accuracies [P]) of P rows on a split: all of it, or its first `limit` examples."""
+    """(mean losses [P], accuracies [P]) of P rows on a split: all of it, or its first `limit` examples.
+
+    Accuracies are not numbers where the run's task calls nothing right.
+    """
     losses: Any = 0.0
     right: Any = 0
     examples = 0

@@ -127,7 +127,7 @@ def test_refusals(place, capsys, more, words):
     "more, words",
     [
         (["--model.name", "resnet9"], "did you mean 'resnet"),
-        (["--model.name", "nowhere:factory"], "cannot be made"),
+        (["--model.name", "nowhere:factory"], "there is no module"),
         (["--data.name", "cifar10"], "tfds build"),
         (["--quantize.quantizer", "lsk"], "choose one of lsq"),
         (["--quantize.rules", "nothing=float"], "matches no layer"),

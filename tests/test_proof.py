@@ -94,7 +94,8 @@ def test_policies_survive_a_line(tmp_path):
 
 def test_the_sampled_table_finds_additive_harm(tmp_path):
     settings = config.load("configs/digits.py")
-    model = build.quantized(settings, 10, (8, 8, 1))
+    found, classes = build.features(settings)
+    model = build.quantized(settings, build.float_model(settings, classes), found)
     paths = [layer.path for layer in model.layers if layer.searched]
     rng = np.random.default_rng(0)
     weight = np.sort(rng.uniform(0, 1, (len(paths), 5)))[:, ::-1]  # falls with bits

@@ -123,8 +123,10 @@ def import_limpq(arguments: argparse.Namespace, overrides: Sequence[str]) -> Pat
 
 
 def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    if arguments.config is None:
-        raise Refusal("--describe needs --config, e.g. --config configs/digits.py")
+    if arguments.config is None and arguments.model is None:
+        raise Refusal(
+            "--describe needs --config, e.g. --config configs/digits.py, or --model my_package.module:factory"
+        )
     from mpq_jax import config as config_lib
     from mpq_jax import costs
 

@@ -8,6 +8,7 @@ python search.py --workdir runs/digits --policy edited.json --check
 python search.py --workdir runs/digits --budget bitops=W3A4 --method evolution [--evaluations 200]
 python search.py --import-limpq indicators.pkl --config configs/imagenet_resnet50.py --budget bitops=W3A4
 python search.py --config configs/digits.py --describe [--json]
+python search.py --model my_package.module:factory --data my_package.module:function --describe
 """
 
 import argparse
@@ -16,7 +17,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpq_jax.config import Parser
+from mpq_jax.config import Parser, add_model, short
 from mpq_jax.criteria import CRITERIA
 from mpq_jax.search import methods
 from mpq_jax.types import Refusal
@@ -57,7 +58,7 @@ def make_parser() -> Parser:
     add("--evaluations", type=int, help="of a method that measures: policies measured at most")
     add("--seconds", type=float, help="of a method that measures: seconds after which it stops")
     add("--seed", type=int, help="of a method that measures (default 0)")
-    add("--config", type=Path, help="with --describe and --import-limpq: the config of the model")
+    add_model(parser, "with --describe and --import-limpq, as --model and --data: ")
     add("--describe", action="store_true", help="layers, parameters, MACs and uniform costs; no data, no training")
     add("--json", action="store_true", help="with --describe: JSON and nothing else")
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, methods.help_text()
@@ -72,7 +73,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         raise Refusal("--json goes with --describe; leave it out, or add --describe --config …")
     rest = methods.check(arguments, rest)
     settings = [word for word in rest if word.startswith("--criteria.") or not word.startswith("--")]
-    allowed = rest if arguments.config else settings if arguments.criterion else []
+    rest = [*short(arguments), *rest]
+    modelled = arguments.config or arguments.model
+    allowed = rest if modelled else settings if arguments.criterion else []
     if strange := [word for word in rest if word not in allowed]:
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(strange[0].partition("=")[0], known, n=1, cutoff=0.0)
@@ -94,9 +97,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         raise Refusal("--check and --frontier are two questions; ask one of them")
     if arguments.report and (arguments.check or arguments.method != "ilp" or not arguments.budget):
         raise Refusal("--report shows what an ilp search found; give it with --budget, without --check and --method")
-    if arguments.config and not (arguments.describe or arguments.import_limpq):
-        raise Refusal("--config goes with --describe or --import-limpq; leave it out, or add one of them")
-    if arguments.import_limpq and not arguments.config:
+    if (modelled or arguments.data) and not (arguments.describe or arguments.import_limpq):
+        name = next(name for name in ("config", "model", "data") if getattr(arguments, name))
+        raise Refusal(f"--{name} goes with --describe or --import-limpq; leave it out, or add one of them")
+    if arguments.import_limpq and not modelled:
         raise Refusal(
             "--import-limpq needs the model's layers; add --config, e.g. --config configs/imagenet_resnet50.py"
         )

@@ -3,6 +3,7 @@
 python train.py --config configs/digits.py --workdir runs/digits
 python search.py --workdir runs/digits --budget bitops=W3A3
 python train.py --config configs/digits.py --workdir runs/digits --policy runs/digits/policy.json
+python train.py --model my_package.module:factory --data my_package.module:function --workdir runs/mine
 """
 
 import argparse
@@ -17,8 +18,8 @@ from mpq_jax.types import Refusal
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Config]:
     """Arguments and config; refuses what can be refused before anything heavy is imported."""
     parser = config_lib.Parser("train.py", __doc__)
-    parser.add_argument("--config", required=True, help="a config file, e.g. configs/digits.py")
-    parser.add_argument("--workdir", help="where the run is kept; default: runs/<name of the config>")
+    config_lib.add_model(parser)
+    parser.add_argument("--workdir", help="where the run is kept; default: runs/<name of the config, or of the model>")
     parser.add_argument("--policy", help="fine-tune with this policy.json (from search.py) and report")
     parser.add_argument("--float-only", action="store_true", help="stop after float training: enough for most criteria")
     parser.add_argument(
@@ -31,16 +32,17 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Co
     parser.add_argument("--quantizer", help="short for --quantize.quantizer: lsq, pact, qil or lq_nets")
     config_lib.add_help(parser)
     known, rest = parser.parse_known_args(argv)
-    own = ("--config", "--workdir", "--policy", "--float-only", "--profile", "--quantizer")
+    own = ("--config", "--model", "--data", "--workdir", "--policy", "--float-only", "--profile", "--quantizer")
     config_lib.refuse_misspelt(rest, own, parser.prog)
     if known.quantizer is not None:
         rest = [*rest, "--quantize.quantizer", known.quantizer]
     if known.profile is not None:
         rest = [*rest, "--logs.profile", known.profile]
-    config = config_lib.load(known.config, rest)
+    config = config_lib.of_model(known, rest)
     if known.float_only and known.policy:
         raise Refusal("--float-only stops before what --policy does; give one of them")
-    known.workdir = Path(known.workdir or Path("runs") / Path(known.config).stem)
+    name = known.config.stem if known.config else config.model.name.rpartition(":")[2]
+    known.workdir = Path(known.workdir or Path("runs") / name)
     return known, config
 
 

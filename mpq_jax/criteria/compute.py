@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax import config as config_lib
-from mpq_jax import data, flax_seam, joint, stages
+from mpq_jax import data, flax_seam, stages
 from mpq_jax import importance as importances
 from mpq_jax.config import Config
 from mpq_jax.criteria import Measured, find
@@ -33,7 +32,8 @@ def measure(name: str, **given: Any) -> Measured:
     missing = [key for key, p in parameters.items() if p.default is p.empty and given.get(key) is None]
     if missing:
         raise Refusal(f"criterion {name} needs {' and '.join(criterion.needs) or 'a model'}: give {', '.join(missing)}")
-    if "labels" in criterion.needs and not all("label" in batch for batch in given["batches"]):
+    labelled = getattr(given.get("task"), "needs_label", True)
+    if "labels" in criterion.needs and labelled and not all("label" in batch for batch in given["batches"]):
         raise Refusal(
             f'criterion {name} needs labels, and the batches have none; give batches with a "label", or take a '
             "criterion without: initial, regression, random"
@@ -97,7 +97,7 @@ def _given(run: stages.Run, config: Config, name: str, wanted: set[str]) -> dict
     log = uses_log(name) and rows_file(run.workdir).is_file()
     sources: Mapping[str, Callable[[], Any]] = {
         "model": lambda: run.model,
-        "task": joint.classification,
+        "task": run.task,
         "variables": lambda: _variables(run, config),
         "batches": lambda: _batches(run, config),
         "rows": lambda: load_rows(rows_file(run.workdir), run.model.layers),
@@ -143,6 +143,5 @@ def _base(workdir: Path, model: QuantizedModel) -> Importance:
 
 
 def _pairs(run: stages.Run) -> Any:
-    image = jax.ShapeDtypeStruct((1, *run.dataset.image_shape), jnp.float32)
     shapes = jax.eval_shape(lambda: run.variables)
-    return searched_pairs(run.model, coupled_pairs(run.model, shapes, image, train=False))
+    return searched_pairs(run.model, coupled_pairs(run.model, shapes, *run.example(), **run.task().eval_kwargs))

@@ -17,10 +17,10 @@ from mpq_jax import costs, flax_seam
 from mpq_jax.criteria import Measured, sites
 from mpq_jax.criteria.learned import RowLog
 from mpq_jax.criteria.regression import FEWEST_ROWS, fitted
-from mpq_jax.joint import Batch, Task
 from mpq_jax.policy import stack
 from mpq_jax.search.others import random_fitting, random_policies
 from mpq_jax.search.problem import build
+from mpq_jax.tasks import Batch, Task, logits_of, random_streams
 from mpq_jax.types import Bits, Importance, Policy, QuantizedModel, Refusal
 
 WITHIN = 0.05  # of the first budget: how near to it
@@ -98,19 +98,22 @@ def divergences(
     stats = flax_seam.mutable_collections(joint)
     training = "batch_stats" in stats
     kwargs = task.train_kwargs if training else task.eval_kwargs
-    rngs = {"dropout": jax.random.key(0)} if training and model.variables is None else None
+    rngs = random_streams(task, jax.random.key(0)) if training and model.variables is None else None
+
+    def log_probabilities(outputs: Any) -> jax.Array:
+        return jax.nn.log_softmax(logits_of(outputs).astype(jnp.float32))
 
     @jax.jit
     def harm(variables: Mapping[str, Any], joint: Mapping[str, Any], rows: Policy, batch: Batch) -> jax.Array:
         inputs = task.inputs(batch)
-        teacher = jax.nn.log_softmax(model.apply(variables, None, *inputs, **task.eval_kwargs).astype(jnp.float32))
+        teacher = log_probabilities(model.apply(variables, None, *inputs, **task.eval_kwargs))
 
         def row(policy: Policy) -> jax.Array:
             if training:
                 outputs, _ = model.apply(joint, policy, *inputs, mutable=list(stats), rngs=rngs, **kwargs)
             else:
                 outputs = model.apply(joint, policy, *inputs, **kwargs)
-            mine = jax.nn.log_softmax(outputs.astype(jnp.float32))
+            mine = log_probabilities(outputs)
             return (jnp.exp(teacher) * (teacher - mine)).sum(-1).mean()
 
         return jax.vmap(row)(rows)

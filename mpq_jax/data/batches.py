@@ -2,14 +2,17 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from mpq_jax.data import own
 from mpq_jax.data.augment import draws, generator, normalise, shift_and_flip, shuffled
 from mpq_jax.data.images import centre_crop, decode, random_resized_crop
 from mpq_jax.data.opening import SPLITS, Dataset, Split
+from mpq_jax.data.own import OwnData
+from mpq_jax.data.records import Records
 from mpq_jax.types import Refusal
 
 Batch = dict[str, np.ndarray]
@@ -18,7 +21,7 @@ _ENDLESS = 2**62
 
 
 def train_batches(
-    dataset: Dataset,
+    dataset: Dataset | OwnData,
     batch_size: int,
     *,
     seed: int,
@@ -44,8 +47,9 @@ def train_batches(
     if first_step < 0 or workers < 0:
         raise Refusal(f"first_step is {first_step} and workers is {workers}; give numbers from 0")
     split, seed, size = dataset.splits["train"], seed % _SEEDS, batch_size // process_count
-    if dataset.in_memory:
-        make = functools.partial(_training_batch, dataset, split, seed, batch_size, process_index, process_count)
+    if isinstance(dataset, OwnData) or dataset.in_memory:
+        batch_of: Callable[..., Batch] = own.training_batch if isinstance(dataset, OwnData) else _training_batch
+        make = functools.partial(batch_of, dataset, split, seed, batch_size, process_index, process_count)
         return _made_ahead(split, grain.MapDataset.range(first_step, _ENDLESS).map(make))
     positions = grain.MapDataset.range(first_step * batch_size + process_index, _ENDLESS, process_count)
     examples = positions.map(functools.partial(_training_example, dataset, split, seed))
@@ -53,7 +57,7 @@ def train_batches(
 
 
 def eval_batches(
-    dataset: Dataset,
+    dataset: Dataset | OwnData,
     split: str,
     batch_size: int,
     *,
@@ -64,6 +68,7 @@ def eval_batches(
     """One pass over a split in its fixed order, never augmented: the same dicts as `train_batches`.
 
     The last batch is filled up with zero images of label -1, so that all batches, of all processes, have one shape.
+    Batches of a user's own data have "valid" besides, bool [B / process_count]: False for what was filled up.
     split: "train", "validation" or "test". limit: only the first so many examples; the order of "validation" and that
     of TFDS in the files are random, so these stand for the whole.
 
@@ -83,9 +88,10 @@ def eval_batches(
     padded = np.full(-(-len(numbers) // batch_size) * batch_size, -1)
     padded[: len(numbers)] = numbers
     mine = padded[process_index::process_count]
-    if dataset.in_memory:
+    if isinstance(dataset, OwnData) or dataset.in_memory:
         rows = grain.MapDataset.source(mine.reshape(-1, size))
-        return _made_ahead(chosen, rows.map(functools.partial(_eval_batch, dataset, chosen)))
+        batch_of: Callable[..., Batch] = own.eval_batch if isinstance(dataset, OwnData) else _eval_batch
+        return _made_ahead(chosen, rows.map(functools.partial(batch_of, dataset, chosen)))
     examples = grain.MapDataset.source(mine).map(functools.partial(_eval_example, dataset, chosen))
     return _decoded_ahead(dataset, chosen, examples, size, workers=0)
 
@@ -104,8 +110,11 @@ def _made_ahead(split: Split, batches: Any) -> Iterator[Batch]:
     """Batches from memory: one thread beside the program's own, as the work is Python's and NumPy's."""
     import grain
 
-    _ = split.records.decoded  # loaded before the thread starts
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    if isinstance(split.records, Records):
+        _ = split.records.decoded  # loaded before the thread starts
+    # Examples that a user reads by number may wait for a disk.
+    threads = 1 if isinstance(split.records, (Records, Mapping)) else min(_cores(), 8)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, threads))))
 
 
 def _decoded_ahead(dataset: Dataset, split: Split, examples: Any, size: int, workers: int) -> Iterator[Batch]:

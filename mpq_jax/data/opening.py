@@ -25,10 +25,11 @@ SPLITS = ("train", "validation", "test")
 class Split(NamedTuple):
     """Some records of a TFDS split.
 
-    records: where they are read. numbers: int64 [N], which of them, in the order of evaluation.
+    records: where they are read; of a user's own data, what was given. numbers: int64 [N], which of them, in the order
+    of evaluation.
     """
 
-    records: Records
+    records: Any
     numbers: np.ndarray
 
 
@@ -48,6 +49,16 @@ class Dataset(NamedTuple):
     in_memory: bool
     augment: bool
     splits: Mapping[str, Split]
+
+    @property
+    def features(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Array name -> (shape, dtype) of one example in a batch."""
+        return image_features(self.image_shape)
+
+
+def image_features(shape: tuple[int, int, int]) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Array name -> (shape, dtype) of one example of a set of images of `shape`."""
+    return {"image": (tuple(shape), np.dtype(np.float32)), "label": ((), np.dtype(np.int32))}
 
 
 def open_dataset(

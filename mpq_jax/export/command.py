@@ -20,6 +20,7 @@ from mpq_jax.export.fold import fold
 from mpq_jax.export.graph import Graph, graph
 from mpq_jax.files import whole, write_text
 from mpq_jax.pipeline import finetuned
+from mpq_jax.tasks import logits_of
 from mpq_jax.types import Bits, Refusal
 
 BATCH = 250  # images at a time, operation by operation
@@ -47,16 +48,26 @@ class Made(NamedTuple):
     config: Config
     options: argparse.Namespace
 
+    def at(self, form: str) -> tuple[Any, ...]:
+        """What the writers of one input take: model, variables, policy, the input's shape and type. Raises Refusal for a model that `form` cannot be made of."""
+        inputs = self.run.example()
+        if len(inputs) != 1:
+            raise Refusal(f"--formats {form} takes models of one input, this one has {len(inputs)}; packed takes any")
+        if inputs[0].dtype != jnp.float32 and form in ("onnx", "qonnx"):
+            raise Refusal(
+                f"--formats {form} takes models of float32 input, this one takes {inputs[0].dtype} (tokens, say); "
+                "packed and stablehlo take any"
+            )
+        return self.run.model, self.variables, self.policy, inputs[0].shape[1:], inputs[0].dtype
+
     @property
-    def at(self) -> tuple[Any, ...]:
-        """What every export function takes first: model, variables, policy, shape of one sample."""
-        return self.run.model, self.variables, self.policy, self.run.dataset.image_shape
+    def kwargs(self) -> Any:
+        return self.run.task().eval_kwargs
 
 
 def _packed(made: Made) -> str:
     run, options = made.run, made.options
-    one = jax.ShapeDtypeStruct((1, *run.dataset.image_shape), jnp.float32)
-    network = graph(run.model, made.variables, made.policy, one, train=False)
+    network = graph(run.model, made.variables, made.policy, *run.example(), **made.kwargs)
     path = options.out / "model.safetensors"
     network = fold(network) if options.fold else network
     found = packed.save(path, network, run.model.quantizer.name, made.variables, _kept(made.config))
@@ -75,14 +86,14 @@ def _stablehlo(made: Made) -> str:
     from mpq_jax.export.stablehlo import save, stablehlo
 
     path = made.options.out / "model.stablehlo"
-    return f"{path}, {save(path, stablehlo(*made.at, train=False)):,} bytes"
+    return f"{path}, {save(path, stablehlo(*made.at('stablehlo'), **made.kwargs)):,} bytes"
 
 
 def _onnx(made: Made) -> str:
     from mpq_jax.export.onnx import save, standard
 
     path = made.options.out / "model.onnx"
-    save(standard(*made.at, train=False), path)
+    save(standard(*made.at("onnx")[:-1], **made.kwargs), path)
     return f"{path}, {path.stat().st_size:,} bytes"
 
 
@@ -90,7 +101,7 @@ def _qonnx(made: Made) -> str:
     from mpq_jax.export.onnx import qonnx, save
 
     path = made.options.out / "model.qonnx"
-    save(qonnx(*made.at, train=False), path)
+    save(qonnx(*made.at("qonnx")[:-1], **made.kwargs), path)
     return f"{path}, {path.stat().st_size:,} bytes (weights are floats on their grids, as QONNX has them)"
 
 
@@ -110,7 +121,7 @@ def _qwix(made: Made) -> str:
 def _litert(made: Made) -> str:
     from mpq_jax.export.litert import litert
 
-    found = litert(*made.at, train=False)
+    found = litert(*made.at("litert"), **made.kwargs)
     path = made.options.out / "model.tflite"
     with whole(path) as temporary:
         temporary.write_bytes(found.content)
@@ -151,35 +162,43 @@ def table(sizes: packed.Sizes) -> list[str]:
 # ---- comparing ----------------------------------------------------------------------------------------------------
 
 
-def _images(dataset: data.Dataset, limit: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(images, labels) of the test split, or of its first `limit`, without the padding of the last batch."""
-    for batch in data.eval_batches(dataset, "test", BATCH, limit=limit):
-        real = np.asarray(batch["label"]) >= 0
-        yield np.asarray(batch["image"])[real], np.asarray(batch["label"])[real]
+def _examples(run: stages.Run, limit: int | None) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of the test split, or of its first `limit` examples, without the padding of the last one."""
+    for batch in data.eval_batches(run.dataset, "test", BATCH, limit=limit):
+        batch = {key: np.asarray(value) for key, value in batch.items()}
+        real = batch["valid"] if "valid" in batch else batch["label"] >= 0
+        yield {key: value[real] for key, value in batch.items()}
+
+
+def _images(run: stages.Run, limit: int | None) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """(inputs, labels where the run classifies), as `replay.compare` takes them."""
+    for batch in _examples(run, limit):
+        yield batch[run.source.inputs[0]], batch["label"] if run.source.loss is None else None
 
 
 def check(path: Path, run: stages.Run, variables: Any, policy: Any, limit: int | None) -> None:
     """Runs the file with integers, against the model with exact products and against the ordinary fake-quantized one."""
-    file, shapes = packed.load(path), _shapes(run)
-    shape = run.dataset.image_shape
-
-    def image(count: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, *shape), jnp.float32)
+    if len(run.source.inputs) != 1:
+        print(f"not compared with the model: it has {len(run.source.inputs)} inputs")
+        return
+    file, shapes, kwargs = packed.load(path), _shapes(run), run.task().eval_kwargs
+    structure = _outputs(run)
+    answer = logits_of(jax.tree.unflatten(structure, range(structure.num_leaves)))
 
     def from_file(count: int) -> Graph:
-        return packed.network(file, run.model, shapes, image(count), train=False)
+        return packed.network(file, run.model, shapes, *run.example(count), **kwargs)
 
     def from_model(count: int) -> Graph:
-        made = graph(run.model, variables, policy, image(count), train=False)
+        made = graph(run.model, variables, policy, *run.example(count), **kwargs)
         return fold(made) if any(entry.get("folded") for entry in file.layers.values()) else made
 
     for found in replay.inexact(from_file(1)):
         print(f"note: sums of {found.path} may reach {found.largest:,}: above 2^24 float32 rounds, integers do not")
-    integers = replay.runner(from_file, replay.integer)
-    exact = replay.compare(integers, replay.runner(from_model, replay.exact), _images(run.dataset, limit))
+    integers = replay.runner(from_file, replay.integer, answer)
+    exact = replay.compare(integers, replay.runner(from_model, replay.exact, answer), _images(run, limit))
     print(f"integers against exact=True: {_text(exact)}")
-    fake = replay.runner(from_model, replay.fake_quantized)
-    ordinary = replay.compare(integers, fake, _images(run.dataset, limit))
+    fake = replay.runner(from_model, replay.fake_quantized, answer)
+    ordinary = replay.compare(integers, fake, _images(run, limit))
     print(f"integers against fake-quantized: {_text(ordinary)}")
     for layer, (differ, count) in ordinary.codes.items():
         if differ:
@@ -187,8 +206,9 @@ def check(path: Path, run: stages.Run, variables: Any, policy: Any, limit: int |
 
 
 def _text(found: replay.Differences) -> str:
-    flips, images = found.top1
-    text = f"{found.differing:,} of {found.all_codes:,} codes differ, top-1 differs on {flips:,} of {images:,} images"
+    flips, answers = found.top1
+    what = "images" if found.accuracy is not None else "answers"
+    text = f"{found.differing:,} of {found.all_codes:,} codes differ, top-1 differs on {flips:,} of {answers:,} {what}"
     if found.accuracy is not None:
         text += f"; accuracy {found.accuracy[0]:.2%} and {found.accuracy[1]:.2%}"
     return text
@@ -196,8 +216,16 @@ def _text(found: replay.Differences) -> str:
 
 def _shapes(run: stages.Run) -> Any:
     """Shapes of the variables, the quantizer's leaves with them."""
-    image = jax.ShapeDtypeStruct((1, *run.dataset.image_shape), jnp.float32)
-    return jax.eval_shape(lambda v, x: run.model.calibrate(v, x, train=False), run.variables, image)
+    kwargs = run.task().eval_kwargs
+    return jax.eval_shape(lambda v, x: run.model.calibrate(v, *x, **kwargs), run.variables, run.example())
+
+
+def _outputs(run: stages.Run) -> Any:
+    """The structure of the model's outputs, which a graph has in a row."""
+    kwargs = run.task().eval_kwargs
+    return jax.tree.structure(
+        jax.eval_shape(lambda v, x: run.model.apply(v, None, *x, **kwargs), run.variables, run.example())
+    )
 
 
 # ---- measuring a file ---------------------------------------------------------------------------------------------
@@ -228,21 +256,29 @@ def config_of(file: packed.File, overrides: Sequence[str]) -> Config:
 
 
 def evaluate(path: Path, overrides: Sequence[str], limit: int | None) -> float:
-    """The accuracy of a packed file on its test set, run with integers. limit: how many images; None: all."""
+    """The accuracy of a packed file on its test set, run with integers. limit: how many images; None: all.
+
+    Raises Refusal where the model's task calls nothing right.
+    """
     file = packed.load(path)
     config = config_of(file, overrides)
     run = stages.open_run(config, path.parent)
-    shapes = _shapes(run)
-    make = functools.lru_cache(maxsize=4)(
-        lambda count: packed.network(
-            file, run.model, shapes, jax.ShapeDtypeStruct((count, *run.dataset.image_shape), jnp.float32), train=False
+    if not run.has_accuracy:
+        raise Refusal(
+            f"the model of {path} calls nothing right, so that it has no accuracy; give its FloatModel a correct=…"
         )
+    shapes, task, structure = _shapes(run), run.task(), _outputs(run)
+    make = functools.lru_cache(maxsize=4)(
+        lambda count: packed.network(file, run.model, shapes, *run.example(count), **task.eval_kwargs)
     )
-    right = images = 0
-    for x, labels in _images(run.dataset, limit):
-        logits = np.asarray(replay.run(make(len(x)), replay.integer, x)[0])
-        right, images = right + int((logits.argmax(-1) == labels).sum()), images + len(x)
+    right, examples = 0.0, 0
+    for batch in _examples(run, limit):
+        inputs = task.inputs(batch)
+        network = make(len(inputs[0]))
+        outputs = jax.tree.unflatten(structure, replay.run(network, replay.integer, *inputs))
+        correct, count = task.correct(outputs, batch)
+        right, examples = right + float(correct), examples + int(count)
     print(
-        f"{path}: {right:,} of {images:,} right, test accuracy {right / images:.2%} (integers, {path.stat().st_size:,} bytes)"
+        f"{path}: {right:,.10g} of {examples:,} right, test accuracy {right / examples:.2%} (integers, {path.stat().st_size:,} bytes)"
     )
-    return right / images
+    return right / examples

@@ -143,7 +143,8 @@ def inexact(graph: Graph) -> list[Inexact]:
 class Differences(NamedTuple):
     """Two runs of a graph over the same images.
 
-    codes: {layer path: (codes that differ, codes in all)} at quantized inputs. top1: (images with another top-1, images).
+    codes: {layer path: (codes that differ, codes in all)} at quantized inputs. top1: (answers with another top-1, answers),
+        one an image, or one a position where the model gives more.
     largest: the largest difference of a logit. accuracy: of the two runs, where labels were given.
     """
 
@@ -167,8 +168,8 @@ class Differences(NamedTuple):
 Runner = Callable[[np.ndarray], tuple[np.ndarray, list[tuple[str, np.ndarray]]]]
 
 
-def runner(make: Callable[[int], Graph], arithmetic: Arithmetic) -> Runner:
-    """make(B) -> the graph for batches of B."""
+def runner(make: Callable[[int], Graph], arithmetic: Arithmetic, answer: int = 0) -> Runner:
+    """make(B) -> the graph for batches of B. answer: which of its outputs are the logits."""
     graphs: dict[int, Graph] = {}
 
     def one(x: np.ndarray) -> tuple[np.ndarray, list[tuple[str, np.ndarray]]]:
@@ -180,7 +181,7 @@ def runner(make: Callable[[int], Graph], arithmetic: Arithmetic) -> Runner:
             if product.activation is not None:
                 codes.append((product.path, np.asarray(product.activation.encode(data))))
 
-        logits = run(graphs[len(x)], arithmetic, x, seen=keep)[0]
+        logits = run(graphs[len(x)], arithmetic, x, seen=keep)[answer]
         return np.asarray(logits, np.float64), codes
 
     return one
@@ -196,7 +197,7 @@ def compare(one: Runner, other: Runner, batches: Iterable[tuple[np.ndarray, np.n
             differ, count = codes.get(path, (0, 0))
             codes[path] = (differ + int((mine != theirs).sum()), count + mine.size)
         top = [each.argmax(-1) for each in (a, b)]
-        flips, images = flips + int((top[0] != top[1]).sum()), images + len(x)
+        flips, images = flips + int((top[0] != top[1]).sum()), images + top[0].size
         largest = max(largest, float(np.abs(a - b).max()))
         labelled = labelled and labels is not None
         right += [0 if labels is None else int((t == labels).sum()) for t in top]

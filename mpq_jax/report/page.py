@@ -122,9 +122,11 @@ def _context(report: Report) -> dict[str, Any]:
         "verdict": words.verdict(report),
         "sections": SECTIONS,
         "ramp": CIVIDIS,
-        "accuracy": point_charts.accuracy_chart(report) if report.accuracy else None,
+        "accuracy": point_charts.accuracy_chart(report)
+        if any(row.accuracy is not None for row in report.accuracy)
+        else None,
         "rows": _rows(report),
-        "compared": uniform.name if uniform else "",
+        "compared": uniform.name if uniform and uniform.accuracy is not None else "",
         "share_name": tables.share_name(report),
         "several": any(words.spread_of(row) is not None for row in report.accuracy),
         "means": any(row.runs > 1 for row in report.accuracy),
@@ -152,7 +154,7 @@ def _rows(report: Report) -> list[Row]:
         Row(
             row.name + (f" ({row.note})" if row.note else ""),
             words.accuracy(row),
-            words.points(row.accuracy - uniform.accuracy) if uniform and row is not uniform else "",
+            words.points(words.right(row) - words.right(uniform)) if uniform and row is not uniform else "",
             f"{row.loss:.4f}" if math.isfinite(row.loss) else words.number(row.loss),
             _human(row.bitops, "BitOps"),
             tables.share(row, report),

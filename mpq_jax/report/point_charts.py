@@ -128,17 +128,17 @@ def accuracy_chart(report: Report) -> AccuracyChart:
     ends = []
     for row in report.accuracy:
         reach = words.spread_of(row) or 0.0
-        ends += [100 * (row.accuracy - reach), 100 * (row.accuracy + reach)]
+        ends += [100 * (words.right(row) - reach), 100 * (words.right(row) + reach)]
     scale = scale_of(ends, margin=0.1)
     lines = []
     for k, row in enumerate(report.accuracy):
-        spread, known = words.spread_of(row), math.isfinite(row.accuracy)
+        spread, known = words.spread_of(row), math.isfinite(words.right(row))
         low: float | None = None
         high: float | None = None
         if known and spread is not None and math.isfinite(spread):
-            low, high = (100 * scale.at(100 * (row.accuracy + side * spread)) for side in (-1, 1))
+            low, high = (100 * scale.at(100 * (words.right(row) + side * spread)) for side in (-1, 1))
         title = f"{row.name}\n{words.measured(row)} on the test set\n{costs.human(row.bitops, 'BitOps')} BitOps"
-        at = 100 * scale.at(100 * row.accuracy) if known else None
+        at = 100 * scale.at(100 * words.right(row)) if known else None
         chosen = row.name.split(" ")[0] == "mixed"
         lines.append(Line(row.name, 18 + ROW * k, at, low, high, words.accuracy(row), chosen, title))
     across = tuple(Tick(100 * scale.at(value), f"{value:g}") for value in ticks(scale, 5))

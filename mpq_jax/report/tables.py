@@ -14,12 +14,12 @@ from mpq_jax.types import Bits, Importance, Layer, Policy
 class AccuracyRow(NamedTuple):
     """One line of the accuracy table: the mean over `runs` policies, measured on the test set.
 
-    accuracy: top-1, 0 to 1; accuracy_std: the standard deviation over the policies, where there are several.
+    accuracy: top-1, 0 to 1, or None where the task calls nothing right; accuracy_std: the standard deviation over the policies, where there are several.
     bitops: for one sample; size_bytes: of all packed kernels.
     """
 
     name: str
-    accuracy: float
+    accuracy: float | None
     accuracy_std: float | None
     runs: int
     loss: float
@@ -109,7 +109,7 @@ def importance_table(report: Report, kind: str) -> np.ndarray:
 def percent(row: AccuracyRow) -> str:
     """ "91.25" or "90.10 ± 0.32"."""
     spread = f" ± {100 * row.accuracy_std:.2f}" if row.accuracy_std is not None and row.runs > 1 else ""
-    return f"{100 * row.accuracy:.2f}{spread}"
+    return "–" if row.accuracy is None else f"{100 * row.accuracy:.2f}{spread}"
 
 
 def share(row: AccuracyRow, report: Report) -> str:

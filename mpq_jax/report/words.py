@@ -63,14 +63,23 @@ def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f}" if math.isfinite(share) else number(share)
 
 
+def right(row: AccuracyRow) -> float:
+    """The accuracy, 0 to 1; not a number where the task calls nothing right."""
+    return math.nan if row.accuracy is None else row.accuracy
+
+
 def accuracy(row: AccuracyRow) -> str:
-    """ "87.76", "88.00 ± 1.23"."""
+    """ "87.76", "88.00 ± 1.23"; "–" where the task calls nothing right."""
+    if row.accuracy is None:
+        return "–"
     spread = spread_of(row)
     return percent(row.accuracy) + (f" ± {percent(spread)}" if spread is not None else "")
 
 
 def measured(row: AccuracyRow) -> str:
-    """The accuracy with its unit: "87.76 %"."""
+    """The accuracy with its unit: "87.76 %"; the loss where the task calls nothing right: "a loss of 1.2345"."""
+    if row.accuracy is None:
+        return f"a loss of {number(row.loss, 5)}"
     return accuracy(row) + (" %" if math.isfinite(row.accuracy) else "")
 
 
@@ -103,9 +112,9 @@ def standard_error(report: Report, first: AccuracyRow, second: AccuracyRow) -> f
     if all(spread is not None for spread in spreads):
         pairs = zip(spreads, (first, second), strict=True)
         return math.sqrt(sum(spread**2 / row.runs for spread, row in pairs if spread is not None))
-    if not report.test_samples or not all(0 <= row.accuracy <= 1 for row in (first, second)):
+    if not report.test_samples or not all(0 <= right(row) <= 1 for row in (first, second)):
         return None
-    return math.sqrt(sum(row.accuracy * (1 - row.accuracy) for row in (first, second)) / report.test_samples)
+    return math.sqrt(sum(right(row) * (1 - right(row)) for row in (first, second)) / report.test_samples)
 
 
 def verdict(report: Report) -> Verdict:
@@ -122,6 +131,9 @@ def verdict(report: Report) -> Verdict:
 
 
 def _measured(report: Report, mixed: AccuracyRow, uniform: AccuracyRow) -> tuple[str, list[str]]:
+    if mixed.accuracy is None or uniform.accuracy is None:
+        headline, certain = _losses(mixed, uniform)
+        return headline, [*_spends(mixed, uniform), *([certain] if certain else [])]
     apart = mixed.accuracy - uniform.accuracy
     error = standard_error(report, mixed, uniform)
     both = f"{measured(mixed)} against {measured(uniform)}"
@@ -134,6 +146,22 @@ def _measured(report: Report, mixed: AccuracyRow, uniform: AccuracyRow) -> tuple
         headline = f"The mixed policy is as accurate as {uniform.name}: {both}."
     else:
         headline = f"The mixed policy is {size} {'more' if apart > 0 else 'less'} accurate than {uniform.name}: {both}."
+    return headline, [*_spends(mixed, uniform), _sure(report, mixed, uniform, error)]
+
+
+def _losses(mixed: AccuracyRow, uniform: AccuracyRow) -> tuple[str, str]:
+    """The answer where a task has a loss alone, and how sure it is."""
+    both = f"{measured(mixed)} against {number(uniform.loss, 5)}"
+    if not math.isfinite(mixed.loss - uniform.loss):
+        return f"The mixed policy and {uniform.name} cannot be compared: {both}.", ""
+    if mixed.loss == uniform.loss:
+        return f"The mixed policy is as good as {uniform.name}: {both}.", ""
+    which = "less" if mixed.loss < uniform.loss else "more"
+    headline = f"The mixed policy loses {which} than {uniform.name}: {both}."
+    return headline, "One measurement of each: how far chance moves the difference is not known."
+
+
+def _spends(mixed: AccuracyRow, uniform: AccuracyRow) -> list[str]:
     spends = [
         f"{100 * ours / theirs:.1f} % of its {name}"
         for name, ours, theirs in (
@@ -142,8 +170,7 @@ def _measured(report: Report, mixed: AccuracyRow, uniform: AccuracyRow) -> tuple
         )
         if theirs
     ]
-    lines = [f"Against {uniform.name} it takes {' and '.join(spends)}."] if spends else []
-    return headline, [*lines, _sure(report, mixed, uniform, error)]
+    return [f"Against {uniform.name} it takes {' and '.join(spends)}."] if spends else []
 
 
 def _sure(report: Report, mixed: AccuracyRow, uniform: AccuracyRow, error: float | None) -> str:
@@ -189,7 +216,13 @@ def _figures(report: Report, mixed: AccuracyRow | None) -> list[Figure]:
     found = []
     if mixed:
         plain = row_of(report, "float")
-        found.append(Figure("Test accuracy", measured(mixed), f"float {measured(plain)}" if plain else ""))
+        found.append(
+            Figure(
+                "Test loss" if mixed.accuracy is None else "Test accuracy",
+                measured(mixed).removeprefix("a loss of "),
+                f"float {measured(plain).removeprefix('a loss of ')}" if plain else "",
+            )
+        )
     for label, unit, value, whole in (("BitOps", "BitOps", bitops, floats[0]), ("Weights", "bytes", size, floats[1])):
         times = f"{whole / value:.1f}× fewer than float" if value else ""
         note = times.replace("fewer", "smaller") if unit == "bytes" else times

@@ -14,7 +14,11 @@ from mpq_jax.types import QuantizedModel
 
 
 def row_features(
-    problem: Problem, model: QuantizedModel, variables: Mapping[str, Any], image_shape: Sequence[int]
+    problem: Problem,
+    model: QuantizedModel,
+    variables: Mapping[str, Any],
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> np.ndarray:
     """[L, 8] of the problem's rows, each column min-max normalised over them; a column of one value is 0.
 
@@ -22,7 +26,7 @@ def row_features(
     for the action before and the flag (of a dense layer, stride 0 and kernel 1, as in HAQ's code). Of a row of several
     layers, those of its first.
     """
-    seen = layer_features(model, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    seen = layer_features(model, variables, inputs, kwargs)
     rows = np.array([[*seen[paths[0]], row] for row, paths in enumerate(problem.paths)], np.float64)
     return normalised(rows)
 
@@ -33,7 +37,9 @@ def normalised(rows: np.ndarray) -> np.ndarray:
     return (rows - low) / np.where(high > low, high - low, 1)
 
 
-def layer_features(model: QuantizedModel, variables: Mapping[str, Any], *inputs: Any) -> dict[str, tuple[int, ...]]:
+def layer_features(
+    model: QuantizedModel, variables: Mapping[str, Any], inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
     """path -> (depthwise, channels in, channels out, stride, kernel, weights, positions), from shapes alone."""
     found: dict[str, tuple[int, ...]] = {}
 
@@ -46,7 +52,7 @@ def layer_features(model: QuantizedModel, variables: Mapping[str, Any], *inputs:
         return ops.contract(call.primitive, call.params, "plain")(lhs, rhs), None
 
     def trace(variables: Any, *inputs: Any) -> Any:
-        return model.walk(variables, {}, record, inputs, {"train": False})[0]
+        return model.walk(variables, {}, record, inputs, kwargs)[0]
 
     jax.eval_shape(trace, variables, *inputs)
     return found
@@ -67,7 +73,11 @@ def _shape(call: Call, weight: tuple[int, ...], activation: tuple[int, ...]) -> 
 
 
 def channel_spreads(
-    problem: Problem, model: QuantizedModel, variables: Mapping[str, Any], image_shape: Sequence[int]
+    problem: Problem,
+    model: QuantizedModel,
+    variables: Mapping[str, Any],
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> list[np.ndarray]:
     """Per row [C]: the variance of each output channel's weights, min-max normalised within the layer (0 if equal).
 
@@ -79,10 +89,11 @@ def channel_spreads(
         axes = tuple(i for i in range(weight.ndim) if i not in call.channel_axes)
         return ops.contract(call.primitive, call.params, "plain")(lhs, rhs), weight.var(axes).reshape(-1)
 
-    def run(variables: Any, image: jax.Array) -> Any:
-        return model.walk(variables, {}, variance, (image,), {"train": False})[2]
+    def run(variables: Any) -> Any:
+        zeros = [jnp.zeros(x.shape, x.dtype) for x in inputs]
+        return model.walk(variables, {}, variance, zeros, kwargs)[2]
 
-    taps = jax.jit(run)(variables, jnp.zeros((1, *image_shape)))
+    taps = jax.jit(run)(variables)
     spreads = {}
     for spec in model.specs.values():
         tap = np.asarray(taps[spec.leaf, 0], np.float64)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpq_jax import costs, data, joint, logs, optimizers, stages
+from mpq_jax import costs, data, logs, optimizers, stages
 from mpq_jax.data.opening import Split
 from mpq_jax.files import write_text
 from mpq_jax.search import edmips, supernet
@@ -109,7 +109,7 @@ def search(method: str, problem: Problem, journal: Journal, settings: Supernet, 
     thetas = optax.adam(settings.theta_learning_rate)
     step = supernet.make_step(
         run.model,
-        joint.classification(),
+        run.task(),
         problem,
         cost,
         fixed_cost,

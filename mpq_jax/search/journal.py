@@ -17,7 +17,8 @@ from mpq_jax.types import Bits, Budget, Importance, Policy, Refusal
 
 
 class Measured(NamedTuple):
-    """What a policy did on held-out data: mean loss (infinite where it was no number), accuracy from 0 to 1."""
+    """What a policy did on held-out data: mean loss (infinite where it was no number), accuracy from 0 to 1 (not a number
+    where nothing is called right)."""
 
     loss: float
     accuracy: float
@@ -89,7 +90,8 @@ class Journal:
                     "by another program or on another machine; delete it to start again"
                 )
             loss = math.inf if line["loss"] is None else line["loss"]
-            measured, seconds = Measured(loss, line["accuracy"]), line["seconds"]
+            accuracy = math.nan if line["accuracy"] is None else line["accuracy"]
+            measured, seconds = Measured(loss, accuracy), line["seconds"]
         else:
             measured = self._evaluate(policy)
             seconds = round(self._clock() - self._mark, 3)
@@ -101,7 +103,8 @@ class Journal:
 
     def _append(self, line: dict[str, Any], measured: Measured, seconds: float, note: Mapping[str, Any]) -> None:
         loss = measured.loss if math.isfinite(measured.loss) else None
-        text = json.dumps({**line, "loss": loss, "accuracy": measured.accuracy, "seconds": seconds, **note})
+        accuracy = None if math.isnan(measured.accuracy) else measured.accuracy
+        text = json.dumps({**line, "loss": loss, "accuracy": accuracy, "seconds": seconds, **note})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text + "\n")

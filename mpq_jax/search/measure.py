@@ -24,6 +24,11 @@ class Bench(NamedTuple):
     float_accuracy: float
     settings: Measuring
 
+    @property
+    def call(self) -> tuple[Any, Any]:
+        """How the model is called: (shapes of one example's inputs, keyword arguments in evaluation)."""
+        return self.run.example(), self.run.task().eval_kwargs
+
 
 def open_bench(workdir: Path, settings: Measuring) -> Bench:
     """Opens the run in a folder. Raises Refusal where its joint training is not there."""
@@ -75,7 +80,7 @@ def _tuner(bench: Bench) -> Callable[[Any], Mapping[str, Any]]:
     run, steps = bench.run, bench.settings.finetune_steps
     settings = run.config.finetune
     optimizer = stages.finetune_optimizer(run.model, settings, steps)
-    task = joint.classification(settings.label_smoothing)
+    task = run.task(settings.label_smoothing)
     dropout = run.model.variables is None
     step = jax.jit(joint.make_step(run.model, task, optimizer, dropout=dropout))
     key = jax.random.key(run.config.seed)

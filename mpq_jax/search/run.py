@@ -84,6 +84,11 @@ def find(
 
 
 def _run(method: str, problem: Problem, journal: Journal, settings: Any, seed: int, bench: Any) -> None:
+    if method in ("haq", "autoq") and not bench.run.has_accuracy:
+        raise Refusal(
+            f"--method {method} is rewarded by accuracy, and the model's task calls nothing right; give its FloatModel a "
+            "correct=…, or take evolution, gumbel or edmips"
+        )
     try:
         if method == "evolution":
             from mpq_jax.search.evolution import evolve
@@ -92,14 +97,13 @@ def _run(method: str, problem: Problem, journal: Journal, settings: Any, seed: i
         elif method == "haq":
             from mpq_jax.search import features, haq
 
-            states = features.row_features(problem, bench.run.model, bench.variables, bench.run.dataset.image_shape)
+            states = features.row_features(problem, bench.run.model, bench.variables, *bench.call)
             haq.search(problem, journal, settings, seed, states, bench.float_accuracy)
         elif method == "autoq":
             from mpq_jax.search import autoq, features
 
-            shape = bench.run.dataset.image_shape
-            states = features.row_features(problem, bench.run.model, bench.variables, shape)
-            spreads = features.channel_spreads(problem, bench.run.model, bench.variables, shape)
+            states = features.row_features(problem, bench.run.model, bench.variables, *bench.call)
+            spreads = features.channel_spreads(problem, bench.run.model, bench.variables, *bench.call)
             autoq.search(problem, journal, settings, seed, states, spreads, bench.float_accuracy)
         else:
             from mpq_jax.search import gumbel
@@ -165,15 +169,16 @@ def show(
     """Prints bits per layer, what was achieved, and the best uniform policy measured beside it."""
     print(f"\n{table(importance, found.policy)}\n")
     print(achieved(budgets, found.used))
-    print(
-        f"validation loss {measured.loss:.6g}, accuracy {measured.accuracy:.2%}: {found.status}, nothing is proved "
-        f"({found.solver}, {found.seconds:.1f} s)"
-    )
+    seconds = f"({found.solver}, {found.seconds:.1f} s)"
+    print(f"validation loss {_shown(measured)}: {found.status}, nothing is proved {seconds}")
     uniform = best_uniform(importance, budgets)
     if uniform is None:
         print("no uniform policy fits")
     else:
         beside = evaluate(uniform[1])
-        print(
-            f"the best uniform policy that fits, {uniform[0]}: loss {beside.loss:.6g}, accuracy {beside.accuracy:.2%}"
-        )
+        print(f"the best uniform policy that fits, {uniform[0]}: loss {_shown(beside)}")
+
+
+def _shown(measured: Measured) -> str:
+    accuracy = "" if np.isnan(measured.accuracy) else f", accuracy {measured.accuracy:.2%}"
+    return f"{measured.loss:.6g}{accuracy}"

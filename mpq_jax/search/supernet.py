@@ -20,6 +20,7 @@ from mpq_jax.mixture import mixture, on_grid
 from mpq_jax.quantized_model import learned_leaves
 from mpq_jax.search.methods import Supernet
 from mpq_jax.search.problem import Problem
+from mpq_jax.tasks import random_streams
 from mpq_jax.types import QuantizedModel
 
 NEVER = -1e9  # logit of bits that are not allowed
@@ -204,7 +205,7 @@ def make_step(
     def step(state: State, batches: Mapping[str, Any], key: jax.Array, fixed: Any = None) -> tuple[State, Metrics]:
         del key, fixed
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), 4)
-        rngs = [{"dropout": k} if dropout else None for k in keys[2:]]
+        rngs = [random_streams(task, k) if dropout else None for k in keys[2:]]
         shares = form.shares(state.theta, keys[0], state.step)
         (loss, stats), grads = jax.value_and_grad(cross_entropy, has_aux=True)(
             state.params, state.stats, shares, batches["weights"], rngs[0]

@@ -60,6 +60,8 @@ def learn(config: Config, workdir: Path) -> Importance | None:
         print(f"joint training is done: {workdir}")
         return None
     end = joint.row_variables(state, 0, averaged=True)
+    if alpha is None and config.joint.alpha_policies:
+        log = stages.measured_rows(run, state, config.joint.alpha_policies)
     table, outliers = importance.repair(learned(run.model, end, log))
     table = table._replace(alpha=alpha if alpha is not None else table.alpha, rules=config.search.rules)
     for path, kind, bits in outliers:

@@ -121,7 +121,7 @@ def losses(bench: Bench, lines: Lines) -> None:
 
 @config_lib.command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = config_lib.Parser(prog="benchmarks.cheaper", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = config_lib.Parser("benchmarks.cheaper", __doc__)
     parser.add_argument("--net", required=True, choices=sorted(NETS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, default=Path("runs/proof"))

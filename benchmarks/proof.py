@@ -577,7 +577,7 @@ FUNCTIONS: Mapping[str, Callable[[Bench], None]] = {
 
 @config_lib.command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = config_lib.Parser(prog="benchmarks.proof", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = config_lib.Parser("benchmarks.proof", __doc__)
     parser.add_argument("--net", required=True, choices=sorted(NETS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="+", choices=sorted(FUNCTIONS), default=list(FUNCTIONS))

@@ -128,7 +128,7 @@ def test_slices(net):
     for after, metrics in results:
         np.testing.assert_allclose(metrics["losses"], losses, rtol=1e-5)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5), after.params, expected)
-    with pytest.raises(Refusal, match="no slice for each of the 3 rows; take at least --joint.batch_size 3"):
+    with pytest.raises(Refusal, match=r"no slice for each of the 3 rows; take at least --joint\.batch_size 3"):
         joint.slices({"label": jnp.zeros(2)}, 3)
 
 

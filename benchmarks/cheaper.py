@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.proof import BUDGETS, NETS, Bench, Lines, Settings, as_lists, as_policy, digest, measured, open_bench
+from benchmarks.proof import NETS, Bench, Settings, measured, open_bench
+from benchmarks.proof_lines import BUDGETS, LEVELS, Lines, as_lists, as_policy, digest
 from mpq_jax import config as config_lib
 from mpq_jax import costs, importance, joint, stages
 from mpq_jax.criteria.learned import RowLog, fit_alpha, learned
@@ -65,7 +66,8 @@ def samples_seen(run: stages.Run, state: joint.TrainState, steps: int) -> int:
 def choose(table: Importance, bench: Bench) -> dict[str, list[list[int]]]:
     """{budget: bits of the searched layers}."""
     found = {}
-    for name, (text, rules) in BUDGETS.items():
+    for name in LEVELS:
+        text, rules = BUDGETS[name]
         own = table._replace(rules=(*table.rules, *rules))
         budgets = costs.parse_budgets([text], own.layers, own.bit_widths, own.activation_bit_widths)
         found[name] = as_lists([solve(own, budgets).policy], bench.table)[0]

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.proof_lines import LEVELS, PREDICTED, digest
+
 LINES, DOCUMENT = Path("docs/results/proof.jsonl"), Path("docs/results.md")
-PREDICTED = ("W2A3", "W3A3")
-BUDGETS = ("W2A3", "W3A3", "W3A4", "size W3, A4")
 NAMES = {"resnet8": "ResNet-8", "mobilenetv1": "MobileNetV1-0.25"}
 # (name of a predictor, what it is)
 PREDICTORS = {
@@ -244,12 +246,6 @@ def result(lines: Mapping[str, Any], budget: str, name: str) -> Mapping[str, Any
     return None if one is None else lines.get(f"finetuned {digest(one['policy'])}")
 
 
-def digest(bits: Any) -> str:
-    from benchmarks.proof import digest as of_policy
-
-    return of_policy(bits)
-
-
 def best_uniform(lines: Mapping[str, Any], budget: str) -> tuple[str, Mapping[str, Any]] | None:
     """Of the uniform policies that fit, the one of least validation loss after fine-tuning."""
     prefix = f"chosen {budget} uniform "
@@ -273,13 +269,13 @@ def differences(runs: Runs, net: str, budget: str, name: str, seeds: int = 3) ->
 
 
 def accuracy_table(runs: Runs, net: str, seeds: int = 3) -> str:
-    head = ["", *(b for b in BUDGETS)]
+    head = ["", *(b for b in LEVELS)]
     rows = []
     own = {seed: lines for (of, seed), lines in runs.items() if of == net}
-    best = [[best_uniform(lines, b) for lines in own.values()] for b in BUDGETS]
+    best = [[best_uniform(lines, b) for lines in own.values()] for b in LEVELS]
     floats = [100 * lines["float"]["test_accuracy"] for lines in own.values() if "float" in lines]
     if floats:
-        rows.append([f"float, % ({len(floats)} seeds)", *[cell(floats)] * len(BUDGETS)])
+        rows.append([f"float, % ({len(floats)} seeds)", *[cell(floats)] * len(LEVELS)])
     rows.append(
         [
             "best uniform, %",
@@ -288,7 +284,7 @@ def accuracy_table(runs: Runs, net: str, seeds: int = 3) -> str:
     )
     rows.append(["its bits", *(", ".join(one[0].removeprefix("uniform ") for one in each if one) for each in best)])
     for name, text in CONTESTANTS.items():
-        cells = [cell(differences(runs, net, b, name, seeds), 2, 100, sign=True) for b in BUDGETS]
+        cells = [cell(differences(runs, net, b, name, seeds), 2, 100, sign=True) for b in LEVELS]
         if any(cells):
             rows.append([text, *cells])
     return table(head, rows)
@@ -321,7 +317,7 @@ def document(runs: Runs) -> str:
             for name in PREDICTORS:
                 for after, word in ((False, "joint"), (True, "tuned")):
                     values[f"rho {net} {budget} {name} {word}"] = cell(correlations(runs, net, budget, name, after))
-        for budget in BUDGETS:
+        for budget in LEVELS:
             for name in CONTESTANTS:
                 gains = differences(runs, net, budget, name, min(3, accuracy_seeds(runs, net))) or differences(
                     runs, net, budget, name, 1

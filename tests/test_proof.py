@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import proof, proof_document
+from benchmarks import proof, proof_document, proof_lines
 from mpq_jax import build, config, costs
 from mpq_jax.types import Bits, Importance, Layer
 
@@ -35,9 +35,9 @@ def test_a_difference_computed_another_way(runs):
     wanted = []
     for seed in range(5):
         lines = runs["resnet8", seed]
-        one = lines["finetuned " + proof.digest(lines["chosen W3A3 sampled"]["policy"])]
+        one = lines["finetuned " + proof_lines.digest(lines["chosen W3A3 sampled"]["policy"])]
         others = [
-            lines["finetuned " + proof.digest(lines[f"chosen W3A3 uniform {name}"]["policy"])]
+            lines["finetuned " + proof_lines.digest(lines[f"chosen W3A3 uniform {name}"]["policy"])]
             for name in ("W2A4", "W3A3", "W4A2")
         ]
         wanted.append(one["test_accuracy"] - min(others, key=lambda each: each["loss"])["test_accuracy"])
@@ -84,12 +84,12 @@ def test_uniform_policies_that_no_other_has_all_bits_of(text):
 
 def test_policies_survive_a_line(tmp_path):
     policy = {"ends": Bits(8, 8), "l1": Bits(2, 3), "l2": Bits(4, 4)}
-    lines = proof.Lines(tmp_path / "lines.jsonl")
-    lines.add("one", policy=proof.as_lists([policy], TABLE)[0])
+    lines = proof_lines.Lines(tmp_path / "lines.jsonl")
+    lines.add("one", policy=proof_lines.as_lists([policy], TABLE)[0])
     with lines.path.open("a") as file:
         file.write(json.dumps({"key": "two", "policy": []})[:-4])  # a kill in the middle of a line
-    again = proof.Lines(lines.path)
-    assert "two" not in again and proof.as_policy(again["one"]["policy"], TABLE) == policy
+    again = proof_lines.Lines(lines.path)
+    assert "two" not in again and proof_lines.as_policy(again["one"]["policy"], TABLE) == policy
 
 
 def test_the_sampled_table_finds_additive_harm(tmp_path):
@@ -106,7 +106,7 @@ def test_the_sampled_table_finds_additive_harm(tmp_path):
             policies[:, j, 1] = policies[:, i, 1]
     rows = np.arange(len(paths))
     log = (weight[rows, policies[..., 0] - 2] + activation[rows, policies[..., 1] - 2]).sum(1)
-    lines = proof.Lines(tmp_path / "lines.jsonl")
+    lines = proof_lines.Lines(tmp_path / "lines.jsonl")
     lines.add("samples W3A3", policies=policies.tolist(), loss=np.ones(600).tolist(), divergence=np.exp(log).tolist())
     table = proof.sampled_table(model, (), lines, "sampled", "W3A4")
     assert table.weight is not None

@@ -61,3 +61,21 @@ def as_policy(bits: Sequence[Sequence[int]], table: Importance) -> dict[str, Bit
 def digest(bits: Sequence[Sequence[int]]) -> str:
     """A policy's short name."""
     return hashlib.sha256(json.dumps(bits).encode()).hexdigest()[:12]
+
+
+def result(lines: Mapping[str, Any], budget: str, name: str) -> Mapping[str, Any] | None:
+    """The line of a contestant's fine-tuning."""
+    one = lines.get(f"chosen {budget} {name}")
+    return None if one is None else lines.get(f"finetuned {digest(one['policy'])}")
+
+
+def best_uniform(lines: Mapping[str, Any], budget: str) -> tuple[str, Mapping[str, Any]] | None:
+    """Of the uniform policies that fit, the one of least validation loss after fine-tuning."""
+    prefix = f"chosen {budget} uniform "
+    found = {
+        key[len(prefix) :]: result(lines, budget, key[len(f"chosen {budget} ") :])
+        for key in lines
+        if key.startswith(prefix)
+    }
+    done = {name: one for name, one in found.items() if one is not None}
+    return min(done.items(), key=lambda item: item[1]["loss"]) if done else None

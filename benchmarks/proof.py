@@ -208,14 +208,16 @@ def criteria(bench: Bench, names: Sequence[str]) -> None:
     settings = dataclasses.replace(config.criteria, max_draws=bench.settings.max_draws)
     size = min(settings.batch_size, bench.run.dataset.sizes["train"])
     stream = data.train_batches(bench.run.dataset, size, seed=config.seed * 1000 + 999)
-    log = load_rows(files.rows_file(bench.workdir), bench.run.model.layers)
+    log, alpha_log = (
+        load_rows(file(bench.workdir), bench.run.model.layers) for file in (files.rows_file, files.alpha_rows_file)
+    )
     given = {
         "model": bench.run.model,
         "task": joint.classification(),
         "variables": bench.calibrated,
         "batches": list(itertools.islice(stream, settings.samples // size)),
         "rows": log,
-        "log": log,
+        "log": alpha_log,
         "base": bench.table,
         "pairs": pairs_of(bench.run.model, bench.run.variables, bench.run.dataset.image_shape),
         "seed": config.seed,
@@ -500,7 +502,8 @@ def predicted(workdir: Path) -> None:
     given = {"model": model, "base": base, "pairs": pairs_of(model, variables, shape), "seed": config.seed}
     given |= config_lib.to_json(config)["criteria"]
     if files.rows_file(workdir).exists():
-        given["rows"] = given["log"] = load_rows(files.rows_file(workdir), model.layers)
+        given["rows"] = load_rows(files.rows_file(workdir), model.layers)
+        given["log"] = load_rows(files.alpha_rows_file(workdir), model.layers)
     for name in CRITERIA:
         path = files.path_of(workdir, name)
         if not path.exists() and set(CRITERIA[name].needs) <= {"indicators"} | ({"rows"} if "rows" in given else set()):

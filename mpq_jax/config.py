@@ -92,7 +92,8 @@ class Joint:
     # less than this (root mean square of relative differences), then cool down over two windows; `steps` at most
     window: int = 20
     alpha: str = "auto"  # fitted to losses of random policies, or a number
-    alpha_policies: int = 0  # so many are measured after training, on two batches; 0: the random rows' log is taken
+    alpha_policies: int = 128  # so many are measured after training, all on the same two batches (a 20th of the cost of
+    # 300 steps of 6 rows): that repeats with other batches, where the random rows' own log (0) does not; docs/results.md
 
 
 @dataclasses.dataclass(frozen=True)

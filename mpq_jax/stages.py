@@ -320,7 +320,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
 
 
 SETTLED = "settled.json"  # beside the checkpoints of a joint training that ended before its steps did
-ALPHA_BATCHES, ALPHA_ROWS = 2, 8  # measured_rows: batches, and policies at once
+ALPHA_BATCHES, ALPHA_ROWS = 2, 8  # measured_rows: batches, and policies drawn at once
 
 
 def measured_rows(run: Run, state: joint.TrainState, policies: int) -> RowLog:
@@ -332,7 +332,8 @@ def measured_rows(run: Run, state: joint.TrainState, policies: int) -> RowLog:
     """
     settings, model, task = run.config.joint, run.model, joint.classification(run.config.joint.label_smoothing)
     variables = joint.row_variables(state, -1, averaged=True)
-    rows = joint.init_state(variables, optax.identity(), ALPHA_ROWS).rows
+    at_once = 1 if settings.rows_at_a_time else ALPHA_ROWS  # where memory is short
+    rows = joint.init_state(variables, optax.identity(), at_once).rows
     rngs = {"dropout": jax.random.key(run.config.seed)} if _is_linen(model) else None
 
     @jax.jit
@@ -348,7 +349,9 @@ def measured_rows(run: Run, state: joint.TrainState, policies: int) -> RowLog:
             jax.random.fold_in(key, i), model.layers, model.bit_widths, model.activation_bit_widths, ALPHA_ROWS
         )
         assignments.append(np.asarray(joint.assignment_array(drawn, searched)))
-        found.append(np.mean([losses(variables["params"], rows, drawn, batch) for batch in batches], axis=0))
+        for first in range(0, ALPHA_ROWS, at_once):
+            part = jax.tree.map(lambda bits, first=first: bits[first : first + at_once], drawn)
+            found.append(np.mean([losses(variables["params"], rows, part, batch) for batch in batches], axis=0))
     loss = np.concatenate(found)
     return RowLog(np.zeros(len(loss), np.int32), np.concatenate(assignments), loss, np.zeros_like(loss))
 

@@ -11,7 +11,7 @@ import pytest
 import search
 import train
 from mpq_jax import joint, logs, stages
-from mpq_jax.criteria.learned import RowLog, fit_alpha
+from mpq_jax.criteria.learned import RowLog, fit_alpha, load_rows
 from mpq_jax.importance import load_importance
 from mpq_jax.types import Bits, Importance, Layer
 from mpq_jax.workdir import latest_step, load_config
@@ -218,6 +218,10 @@ def test_cheaper_joint_training_stopped_and_resumed(place, monkeypatch):
     run = stages.open_run(config, place / "cheaper")
     state, _ = stages.joint_train(run, stages.calibrated(run, stages.finished_float(run)))
     rows = stages.measured_rows(run, state, 20)
+    for mine, kept in zip(
+        rows, load_rows(place / "cheaper" / "joint" / "alpha_rows.npz", run.model.layers), strict=True
+    ):
+        np.testing.assert_array_equal(mine, kept)
     assert len(rows.loss) == 24 and table.alpha == fit_alpha(table._replace(**_arrays(saved)), rows)
     variables, task = joint.row_variables(state, 0), joint.classification()
     batches = list(itertools.islice(stages._train_batches(run, 16, "alpha")(0), 2))

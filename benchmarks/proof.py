@@ -508,7 +508,8 @@ def predicted(workdir: Path) -> None:
         path = files.path_of(workdir, name)
         if not path.exists() and set(CRITERIA[name].needs) <= {"indicators"} | ({"rows"} if "rows" in given else set()):
             importance.save_importance(path, measure(name, **given).importance)
-    for budget, (text, rules) in BUDGETS.items():
+    for budget in LEVELS:
+        text, rules = BUDGETS[budget]
         if f"solve {budget}" not in lines:
             table = base._replace(rules=(*base.rules, *rules))
             budgets = costs.parse_budgets([text], table.layers, table.bit_widths, table.activation_bit_widths)

@@ -312,7 +312,7 @@ def sampled_table(model: QuantizedModel, pairs: Any, lines: Lines, name: str, bu
     near = "all" if "all" in name else budget if f"samples {budget}" in lines else "W3A3"
     one = lines[f"samples {near}"]
     last = name.rpartition("_")[2]
-    count = int(last) if last.isdigit() else len(one["loss"])
+    count = min(int(last), len(one["loss"])) if last.isdigit() else len(one["loss"])
     harm = np.array(one["loss" if "loss" in name else "divergence"][:count])
     log = RowLog(np.arange(count), np.array(one["policies"][:count], np.int32), harm, np.ones(count))
     fitted = "regression_pairwise" if name.endswith("pairwise") else "regression"

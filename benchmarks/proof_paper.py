@@ -85,7 +85,7 @@ def indicator_figure(runs: Runs, names: Mapping[str, str], path: Path) -> None:
             ax.set_xticks(range(len(one["layers"])), one["layers"], rotation=90, fontsize=6)
             ax.set_title(f"{names[net]}: step sizes of {kind}s", fontsize=8)
             ax.tick_params(axis="y", labelsize=7)
-        row[0].legend(fontsize=6)
+        row[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

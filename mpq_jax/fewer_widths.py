@@ -1,9 +1,8 @@
 """Joint training of some bit-widths only: the step sizes of the others are interpolated between those that were trained.
 
 Over bits, the logarithm of a learned step size is nearly a straight line: a bit more halves the spacing of the levels, as
-long as the range stays. Trained at 2, 4 and 6 bits, the lines meet the trained step sizes at 3 and 5 bits within 2 %
-(median; docs/results.md), where lines over the logarithm of the largest code, 2^(b-1) - 1, are 7 % off for weights: there
-the step from 2 to 3 bits is the largest, and two bits have no such place in the range.
+long as the range stays. Lines through 2, 4 and 6 bits meet the step sizes trained at 3 and 5 within 2 % in the median; over
+the logarithm of the largest code, 2^(b-1) - 1 for weights, they are up to three times as far off (docs/results.md).
 """
 
 from collections.abc import Sequence

@@ -224,7 +224,6 @@ def document(runs: Runs, cheaper: Runs) -> str:
     template = (Path(__file__).parent / "proof_document.md").read_text()
     names = {net: NAMES[net] for net in nets}
     values = proof_paper.values(runs, names, LEVELS) | proof_cheaper.values(cheaper, names)
-    values["weights alone"] = proof_paper.weights_alone_table(runs, "resnet8", "size W3, A6", CONTESTANTS)
     for net in nets:
         values |= {
             f"prediction {net}": prediction_table(runs, net),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.proof_lines import PREDICTED, best_uniform, result
+from benchmarks.proof_lines import best_uniform, result
 from benchmarks.proof_statistics import Runs, cell, of_runs, spearman, table
 
 
@@ -122,16 +122,6 @@ def reversed_table(runs: Runs, names: Mapping[str, str], budgets: Sequence[str])
     return table(["net", "budget", "seeds", *(" - ".join(pair) for pair in pairs)], rows)
 
 
-def weights_alone_table(runs: Runs, net: str, budget: str, contestants: Mapping[str, str]) -> str:
-    """Weights at the size of uniform W3, activations all at the widest: accuracy against that uniform policy."""
-    rows = []
-    for name, text in contestants.items():
-        values = paired(runs, net, budget, name, "best uniform")
-        if values:
-            rows.append([text, str(len(values)), cell(values, 2, 100, sign=True)])
-    return table(["", "seeds", "points above uniform"], rows)
-
-
 # ---- seconds ------------------------------------------------------------------------------------------------------
 
 
@@ -157,24 +147,6 @@ def solver_seconds(runs: Runs, net: str) -> list[float]:
     return [one["cpu_seconds"] for key, one in lines.items() if key.startswith("solve ")]
 
 
-def repeatability(runs: Runs, net: str, budget: str) -> tuple[float, float, int] | None:
-    """(spread of the loss between two fine-tunings of one policy, between policies, policies): standard deviations.
-
-    Policies fine-tuned twice, in different orders of the batches. Within: sqrt(mean (a - b)^2 / 2). Between: of the
-    policies' means over both, what fine-tuning adds to it not taken out.
-    """
-    pairs = []
-    for (own, _), lines in runs.items():
-        number = 0
-        while own == net and f"repeat {budget} {number} 1" in lines:
-            pairs.append([lines[f"repeat {budget} {number} {order}"]["loss"] for order in (0, 1)])
-            number += 1
-    if len(pairs) < 3:
-        return None
-    losses = np.array(pairs)
-    return float(np.sqrt((np.diff(losses)[:, 0] ** 2).mean() / 2)), float(losses.mean(1).std(ddof=1)), len(pairs)
-
-
 def values(runs: Runs, names: Mapping[str, str], budgets: Sequence[str]) -> dict[str, str]:
     """{placeholder: text} of this module's tables."""
     found = {"reversed": reversed_table(runs, names, budgets)}
@@ -190,8 +162,4 @@ def values(runs: Runs, names: Mapping[str, str], budgets: Sequence[str]) -> dict
         for bits in (4, 2):
             for kind in ("weight", "activation"):
                 found[f"alone {net} {bits} {kind}"] = cell(alone_correlation(runs, net, bits, kind))
-        for budget in PREDICTED:
-            found[f"repeat {net} {budget}"] = ""
-            if spread := repeatability(runs, net, budget):
-                found[f"repeat {net} {budget}"] = f"{spread[0]:.4f} against {spread[1]:.4f} ({spread[2]} policies)"
     return found

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import proof, proof_document, proof_lines, proof_statistics
+from benchmarks import proof, proof_cheaper, proof_document, proof_lines, proof_statistics
 from mpq_jax import build, config, costs
 from mpq_jax.types import Bits, Importance, Layer
 
@@ -111,3 +111,23 @@ def test_the_sampled_table_finds_additive_harm(tmp_path):
     table = proof.sampled_table(model, (), lines, "sampled", "W3A4")
     assert table.weight is not None
     np.testing.assert_allclose(table.weight, weight - weight[:, -1:], atol=0.02)
+
+
+def test_a_regret_computed_another_way():
+    lines = proof_document.read(proof_document.CHEAPER)["resnet8", 0]
+    full, variant = lines["full"], lines["slices"]
+
+    def objective(bits):
+        harm = 0.0
+        for layer, (w, a) in enumerate(bits):
+            harm += full["alpha"]["measured"] * full["weight"][layer][w - 2] + full["activation"][layer][a - 2]
+        return harm
+
+    wanted = [
+        objective(variant["policies"]["measured"][budget]) / objective(full["policies"]["measured"][budget]) - 1
+        for budget in proof_lines.LEVELS
+    ]
+    assert proof_cheaper.regrets(full, variant, "measured") == pytest.approx(wanted)
+    assert min(wanted) > -1e-6  # no policy beats the proven optimum of the full run's table
+    # 18,000 of 300 steps x 6 rows x 64 samples: six slices of ten samples a step.
+    assert (variant["samples"], full["samples"]) == (300 * 6 * 10, 300 * 6 * 64)

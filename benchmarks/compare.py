@@ -268,7 +268,7 @@ def chosen_systems(names: Sequence[str]) -> list[str]:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], list[str]]:
     """Arguments, overrides of the config, settings of the measuring searches."""
-    parser = config_lib.Parser(prog="benchmarks.compare", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = config_lib.Parser("benchmarks.compare", __doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--budget", action="append", required=True)
     parser.add_argument("--systems", nargs="+", default=["all"], help=f"all, or of: {', '.join(SYSTEMS)}")

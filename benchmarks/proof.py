@@ -10,6 +10,7 @@ lines.jsonl, keyed by what it is of, and a second call goes on from there. Stage
   random     random policies within 2 % of a budget: validation loss of the joint model, statistics re-estimated
   samples    many more of them, and some all over, on a few training batches: what regressions are fitted to
   tune       some of the random policies after a short fine-tuning: validation loss
+  repeats    a few of those, each in two orders of the batches
   alone      depthwise and pointwise layers, one at a time at few bits: what they cost, and their step sizes
   criteria   the importance table of every criterion but those of stage hessian
   hessian    those of HAWQ and HAWQ-v2
@@ -21,9 +22,7 @@ Nothing is chosen on the test set: it is read after a policy has been chosen, by
 """
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.proof_lines import BUDGETS, LEVELS, PREDICTED, Lines, as_lists, as_policy, digest
 from mpq_jax import build, costs, data, importance, joint, pipeline, policy, stages
 from mpq_jax import config as config_lib
 from mpq_jax import workdir as workdirs
@@ -52,14 +52,6 @@ NETS = {
     "resnet8": "configs/fashion_mnist_resnet8.py",
     "mobilenetv1": "configs/fashion_mnist_mobilenetv1.py",
 }
-# name -> (budget, search rules): at "size=W3" the activations of all contestants stay at 4 bits.
-BUDGETS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "W2A3": ("bitops=W2A3", ()),
-    "W3A3": ("bitops=W3A3", ()),
-    "W3A4": ("bitops=W3A4", ()),
-    "size W3, A4": ("size=W3", (".*=a4",)),
-}
-PREDICTED = ("W2A3", "W3A3")  # where predictions are measured
 HESSIAN = ("hawq", "hawq_v2")  # the criteria that take longest
 SEARCHES = ("evolution", "gumbel")
 PAIRS, ALONE = 5, (4, 2)  # stage alone: so many pairs of layers, at these bits
@@ -85,62 +77,17 @@ class Settings:
     sample_size: int = 256
     tuned: int = 20  # of the random policies near each budget, fine-tuned
     tune_steps: int = 100
+    repeated: int = 10  # of them, in two orders of the batches
     finetune_steps: int = 500
     max_draws: int = 100  # of the Hessian criteria
     rows: int = 4  # policies measured at once
-    budgets: tuple[str, ...] = tuple(BUDGETS)  # of the stages search and accuracy
+    budgets: tuple[str, ...] = LEVELS  # of the stages search and accuracy
     contestants: tuple[str, ...] = CONTESTANTS  # beside uniform policies
     search: tuple[str, ...] = (
         *("--evolution.generations=5", "--evolution.population=30", "--evolution.top=10"),
         *("--evolution.mutations=15", "--evolution.crossovers=15", "--evolution.statistics_batches=10"),
         *("--gumbel.steps=200", "--gumbel.warmup_steps=50", "--gumbel.statistics_batches=10"),
     )
-
-
-# ---- lines --------------------------------------------------------------------------------------------------------
-
-
-class Lines:
-    """One run's lines.jsonl: {key: line}. A line that was cut off by a kill is left out."""
-
-    def __init__(self, path: Path):
-        self.path, self.lines = path, {}
-        for text in path.read_text().splitlines() if path.exists() else ():
-            try:
-                one = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            self.lines[one["key"]] = one
-
-    def add(self, key: str, **values: Any) -> dict[str, Any]:
-        self.lines[key] = {"key": key, **values}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.lines[key]) + "\n")
-        return self.lines[key]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.lines
-
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        return self.lines[key]
-
-
-def as_lists(policies: Sequence[Mapping[str, Bits]], table: Importance) -> list[list[list[int]]]:
-    """[N][L][2]: bits of the searched layers."""
-    paths = [layer.path for layer in table.layers if layer.searched]
-    return [[list(each[path]) for path in paths] for each in policies]
-
-
-def as_policy(bits: Sequence[Sequence[int]], table: Importance) -> dict[str, Bits]:
-    """The policy of `as_lists`' bits, fixed layers added."""
-    searched = iter(bits)
-    return {layer.path: Bits(*(next(searched) if layer.searched else layer.bits)) for layer in table.layers}
-
-
-def digest(bits: Sequence[Sequence[int]]) -> str:
-    """A policy's short name."""
-    return hashlib.sha256(json.dumps(bits).encode()).hexdigest()[:12]
 
 
 # ---- one run ------------------------------------------------------------------------------------------------------
@@ -261,14 +208,16 @@ def criteria(bench: Bench, names: Sequence[str]) -> None:
     settings = dataclasses.replace(config.criteria, max_draws=bench.settings.max_draws)
     size = min(settings.batch_size, bench.run.dataset.sizes["train"])
     stream = data.train_batches(bench.run.dataset, size, seed=config.seed * 1000 + 999)
-    log = load_rows(files.rows_file(bench.workdir), bench.run.model.layers)
+    log, alpha_log = (
+        load_rows(file(bench.workdir), bench.run.model.layers) for file in (files.rows_file, files.alpha_rows_file)
+    )
     given = {
         "model": bench.run.model,
         "task": joint.classification(),
         "variables": bench.calibrated,
         "batches": list(itertools.islice(stream, settings.samples // size)),
         "rows": log,
-        "log": log,
+        "log": alpha_log,
         "base": bench.table,
         "pairs": pairs_of(bench.run.model, bench.run.variables, bench.run.example()),
         "seed": config.seed,
@@ -362,7 +311,7 @@ def sampled_table(model: QuantizedModel, pairs: Any, lines: Lines, name: str, bu
     near = "all" if "all" in name else budget if f"samples {budget}" in lines else "W3A3"
     one = lines[f"samples {near}"]
     last = name.rpartition("_")[2]
-    count = int(last) if last.isdigit() else len(one["loss"])
+    count = min(int(last), len(one["loss"])) if last.isdigit() else len(one["loss"])
     harm = np.array(one["loss" if "loss" in name else "divergence"][:count])
     log = RowLog(np.arange(count), np.array(one["policies"][:count], np.int32), harm, np.ones(count))
     fitted = "regression_pairwise" if name.endswith("pairwise") else "regression"
@@ -423,13 +372,13 @@ def chosen(bench: Bench, budget: str, name: str) -> list[list[int]]:
     return bench.lines.add(key, policy=as_lists([choice], table)[0], used=used)["policy"]
 
 
-def tuner(bench: Bench, steps: int) -> Callable[[Mapping[str, Bits]], Mapping[str, Any]]:
-    """tuned(policy) -> variables after `steps` of the run's fine-tuning, always on the same batches."""
+def tuner(bench: Bench, steps: int, order: int = 0) -> Callable[[Mapping[str, Bits]], Mapping[str, Any]]:
+    """tuned(policy) -> variables after `steps` of the run's fine-tuning, always on the same batches: those of `order`."""
     settings, model = bench.run.config.finetune, bench.run.model
     optimizer = stages.finetune_optimizer(model, settings, steps)
     task = joint.classification(settings.label_smoothing)
     step = stages.compile_step(joint.make_step(model, task, optimizer, dropout=model.variables is None))
-    stream = data.train_batches(bench.run.dataset, settings.batch_size, seed=1000 * bench.seed + 700)
+    stream = data.train_batches(bench.run.dataset, settings.batch_size, seed=1000 * bench.seed + 700 + order)
     batches = held(itertools.islice(stream, steps))
     key = jax.random.key(bench.seed)
 
@@ -451,6 +400,18 @@ def tune(bench: Bench) -> None:
             key = f"tuned {name} {number}"
             if key not in bench.lines:
                 tuned = tuned or tuner(bench, bench.settings.tune_steps)
+                each = as_policy(bits, bench.table)
+                found = measured(bench, tuned(each), [each])
+                bench.lines.add(key, **{field: value[0] for field, value in found.items()})
+
+
+def repeats(bench: Bench) -> None:
+    """The first of the random policies, fine-tuned in two orders of the batches: what fine-tuning itself adds."""
+    for name, order in itertools.product(PREDICTED, range(2)):
+        tuned = None
+        for number, bits in enumerate(bench.lines[f"random {name}"]["policies"][: bench.settings.repeated]):
+            if (key := f"repeat {name} {number} {order}") not in bench.lines:
+                tuned = tuned or tuner(bench, bench.settings.tune_steps, order)
                 each = as_policy(bits, bench.table)
                 found = measured(bench, tuned(each), [each])
                 bench.lines.add(key, **{field: value[0] for field, value in found.items()})
@@ -546,11 +507,23 @@ def predicted(workdir: Path) -> None:
     }
     given |= config_lib.to_json(config)["criteria"]
     if files.rows_file(workdir).exists():
-        given["rows"] = given["log"] = load_rows(files.rows_file(workdir), model.layers)
+        given["rows"] = load_rows(files.rows_file(workdir), model.layers)
+        given["log"] = load_rows(files.alpha_rows_file(workdir), model.layers)
     for name in CRITERIA:
         path = files.path_of(workdir, name)
         if not path.exists() and set(CRITERIA[name].needs) <= {"indicators"} | ({"rows"} if "rows" in given else set()):
             importance.save_importance(path, measure(name, **given).importance)
+    for budget in LEVELS:
+        text, rules = BUDGETS[budget]
+        if f"solve {budget}" not in lines:
+            table = base._replace(rules=(*base.rules, *rules))
+            budgets = costs.parse_budgets([text], table.layers, table.bit_widths, table.activation_bit_widths)
+            seconds = []
+            for _ in range(5):
+                began = time.process_time()
+                solve(table, budgets)
+                seconds.append(time.process_time() - began)
+            lines.add(f"solve {budget}", cpu_seconds=sorted(seconds)[2])
     for budget, name in itertools.product(PREDICTED, (*CRITERIA, *TRIED)):
         if f"predicted {budget} {name}" in lines or f"random {budget}" not in lines:
             continue
@@ -571,6 +544,7 @@ FUNCTIONS: Mapping[str, Callable[[Bench], None]] = {
     "random": random,
     "samples": samples,
     "tune": tune,
+    "repeats": repeats,
     "alone": alone,
     "criteria": lambda bench: criteria(bench, [name for name in CRITERIA if name not in HESSIAN]),
     "hessian": lambda bench: criteria(bench, HESSIAN),
@@ -582,7 +556,7 @@ FUNCTIONS: Mapping[str, Callable[[Bench], None]] = {
 
 @config_lib.command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = config_lib.Parser(prog="benchmarks.proof", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = config_lib.Parser("benchmarks.proof", __doc__)
     parser.add_argument("--net", required=True, choices=sorted(NETS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="+", choices=sorted(FUNCTIONS), default=list(FUNCTIONS))
@@ -590,7 +564,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for field in dataclasses.fields(Settings):
         if isinstance(field.default, int):
             parser.add_argument(f"--{field.name}", type=int, default=field.default)
-    parser.add_argument("--budgets", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
+    parser.add_argument("--budgets", nargs="+", choices=list(BUDGETS), default=list(LEVELS))
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     arguments, overrides = parser.parse_known_args(argv)
     mine = [word for word in overrides if word[2:].partition(".")[0] in SEARCHES]

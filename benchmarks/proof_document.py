@@ -7,16 +7,20 @@ python -m benchmarks.proof_document                          writes docs/results
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import proof_cheaper, proof_paper
+from benchmarks.proof_lines import LEVELS, PREDICTED, best_uniform, result
+from benchmarks.proof_statistics import Runs, cell, of_runs, reliability, spearman, table
 
 LINES, DOCUMENT = Path("docs/results/proof.jsonl"), Path("docs/results.md")
-PREDICTED = ("W2A3", "W3A3")
-BUDGETS = ("W2A3", "W3A3", "W3A4", "size W3, A4")
+CHEAPER = LINES.with_name("cheaper.jsonl")
 NAMES = {"resnet8": "ResNet-8", "mobilenetv1": "MobileNetV1-0.25"}
 # (name of a predictor, what it is)
 PREDICTORS = {
@@ -55,8 +59,6 @@ CONTESTANTS = {
     "sampled_pairwise": "the same with pairs",
 }
 
-Runs = Mapping[tuple[str, int], Mapping[str, Mapping[str, Any]]]
-
 
 def read(path: Path) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
     """{(net, seed): {key: line}} in the order of nets and seeds."""
@@ -69,14 +71,30 @@ def read(path: Path) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
 
 def collect(root: Path, path: Path) -> None:
     """All runs' lines in one file, net and seed added. Policies of the samples are left out: they are many."""
+    gather(root, "cheaper.jsonl", path.with_name(CHEAPER.name))
     texts = []
     for file in sorted(root.glob("*/seed*/lines.jsonl")):
+        where = {"net": file.parts[-3], "seed": int(file.parts[-2][4:])}
+        if (table := file.with_name("importance.json")).exists():
+            one = json.loads(table.read_text())
+            layers = [layer["path"] for layer in one["layers"] if layer["searched"]]
+            kept = {name: one[name] for name in ("bit_widths", "alpha", "weight", "activation")}
+            texts.append(json.dumps({**where, "key": "indicators", "layers": layers, **rounded(kept)}))
         for text in file.read_text().splitlines():
             one = json.loads(text)
             if one["key"].startswith("samples "):
                 one = {"key": one["key"], "count": len(one["loss"])}
-            texts.append(json.dumps({"net": file.parts[-3], "seed": int(file.parts[-2][4:]), **rounded(one)}))
+            texts.append(json.dumps({**where, **rounded(one)}))
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(texts) + "\n")
+
+
+def gather(root: Path, name: str, path: Path) -> None:
+    """The runs' files of one name in one file, net and seed added."""
+    texts = []
+    for file in sorted(root.glob(f"*/seed*/{name}")):
+        where = {"net": file.parts[-3], "seed": int(file.parts[-2][4:])}
+        texts += [json.dumps({**where, **rounded(json.loads(text))}) for text in file.read_text().splitlines()]
     path.write_text("\n".join(texts) + "\n")
 
 
@@ -87,41 +105,6 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list) else value
-
-
-# ---- statistics ---------------------------------------------------------------------------------------------------
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    return float(stats.spearmanr(a, b)[0])
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % t interval; nan for fewer than two values)."""
-    values = np.asarray(values, np.float64)
-    if len(values) < 2:
-        return float(values.mean()), float("nan")
-    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-
-
-def reliability(halves: Sequence[Sequence[float]]) -> float:
-    """Of the mean over both halves: the halves' rank correlation r, stepped up by Spearman and Brown, 2 r / (1 + r)."""
-    r = spearman(*np.asarray(halves).T)
-    return 2 * r / (1 + r)
-
-
-def cell(values: Sequence[float], digits: int = 2, scale: float = 1.0, sign: bool = False) -> str:
-    """ "0.31 ± 0.05" """
-    if not len(values):
-        return ""
-    mean, half = interval(values)
-    form = f"{'+' if sign else ''}.{digits}f"
-    return f"{scale * mean:{form}}" + ("" if np.isnan(half) else f" ± {scale * half:.{digits}f}")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 # ---- prediction ---------------------------------------------------------------------------------------------------
@@ -146,11 +129,6 @@ def correlations(runs: Runs, net: str, budget: str, name: str, after: bool) -> l
         if losses:
             found.append(spearman(lines[key]["values"][: len(losses)], losses))
     return found
-
-
-def of_runs(runs: Runs, net: str, function: Callable[[Mapping[str, Any]], float | None]) -> list[float]:
-    values = [function(lines) for (own, _), lines in runs.items() if own == net]
-    return [value for value in values if value is not None]
 
 
 def joint_and_tuned(runs: Runs, net: str, budget: str) -> list[float]:
@@ -201,65 +179,7 @@ def cheaper_table(runs: Runs, net: str) -> str:
     return table(["policies", "passes", *(f"{b}: joint loss" for b in PREDICTED)], rows)
 
 
-def alone_table(runs: Runs, net: str) -> str:
-    """Step sizes and what the joint model loses when one layer alone is at few bits."""
-    rows = []
-    for (own, seed), lines in runs.items():
-        if own != net or "alone" not in lines:
-            continue
-        one = lines["alone"]
-        of = {(row["path"], row["bits"]): row for row in one["rows"]}
-        for path in dict.fromkeys(row["path"] for row in one["rows"]):
-            cells = [str(seed), of[path, 4]["kind"], path]
-            for bits in (4, 2):
-                row = of[path, bits]
-                cells += [
-                    f"{row['weight']:.4f}",
-                    f"{row['activation']:.3f}",
-                    f"{100 * (one['accuracy'] - row['accuracy']):.2f}",
-                ]
-            rows.append(cells)
-    columns = [
-        f"{what}, {bits} bits" for bits in (4, 2) for what in ("step size of w", "of a", "accuracy lost, points")
-    ]
-    return table(["seed", "kind", "layer", *columns], rows) if rows else ""
-
-
-def alone_correlation(runs: Runs, net: str, bits: int, kind: str) -> list[float]:
-    """Rank correlation, over the layers, of a step size with the rise of the loss; a number a seed."""
-
-    def one(lines):
-        rows = [row for row in lines.get("alone", {"rows": []})["rows"] if row["bits"] == bits]
-        return spearman([row[kind] for row in rows], [row["loss"] for row in rows]) if rows else None
-
-    return of_runs(runs, net, one)
-
-
 # ---- accuracy -----------------------------------------------------------------------------------------------------
-
-
-def result(lines: Mapping[str, Any], budget: str, name: str) -> Mapping[str, Any] | None:
-    """The line of a contestant's fine-tuning."""
-    one = lines.get(f"chosen {budget} {name}")
-    return None if one is None else lines.get(f"finetuned {digest(one['policy'])}")
-
-
-def digest(bits: Any) -> str:
-    from benchmarks.proof import digest as of_policy
-
-    return of_policy(bits)
-
-
-def best_uniform(lines: Mapping[str, Any], budget: str) -> tuple[str, Mapping[str, Any]] | None:
-    """Of the uniform policies that fit, the one of least validation loss after fine-tuning."""
-    prefix = f"chosen {budget} uniform "
-    found = {
-        key[len(prefix) :]: result(lines, budget, key[len(f"chosen {budget} ") :])
-        for key in lines
-        if key.startswith(prefix)
-    }
-    done = {name: one for name, one in found.items() if one is not None}
-    return min(done.items(), key=lambda item: item[1]["loss"]) if done else None
 
 
 def differences(runs: Runs, net: str, budget: str, name: str, seeds: int = 3) -> list[float]:
@@ -273,13 +193,13 @@ def differences(runs: Runs, net: str, budget: str, name: str, seeds: int = 3) ->
 
 
 def accuracy_table(runs: Runs, net: str, seeds: int = 3) -> str:
-    head = ["", *(b for b in BUDGETS)]
+    head = ["", *(b for b in LEVELS)]
     rows = []
     own = {seed: lines for (of, seed), lines in runs.items() if of == net}
-    best = [[best_uniform(lines, b) for lines in own.values()] for b in BUDGETS]
+    best = [[best_uniform(lines, b) for lines in own.values()] for b in LEVELS]
     floats = [100 * lines["float"]["test_accuracy"] for lines in own.values() if "float" in lines]
     if floats:
-        rows.append([f"float, % ({len(floats)} seeds)", *[cell(floats)] * len(BUDGETS)])
+        rows.append([f"float, % ({len(floats)} seeds)", *[cell(floats)] * len(LEVELS)])
     rows.append(
         [
             "best uniform, %",
@@ -288,7 +208,7 @@ def accuracy_table(runs: Runs, net: str, seeds: int = 3) -> str:
     )
     rows.append(["its bits", *(", ".join(one[0].removeprefix("uniform ") for one in each if one) for each in best)])
     for name, text in CONTESTANTS.items():
-        cells = [cell(differences(runs, net, b, name, seeds), 2, 100, sign=True) for b in BUDGETS]
+        cells = [cell(differences(runs, net, b, name, seeds), 2, 100, sign=True) for b in LEVELS]
         if any(cells):
             rows.append([text, *cells])
     return table(head, rows)
@@ -297,23 +217,20 @@ def accuracy_table(runs: Runs, net: str, seeds: int = 3) -> str:
 # ---- document -----------------------------------------------------------------------------------------------------
 
 
-def document(runs: Runs) -> str:
+def document(runs: Runs, cheaper: Runs) -> str:
     """docs/results.md."""
     nets = [net for net in NAMES if any(own == net for own, _ in runs)]
     seeds = {net: sum(own == net for own, _ in runs) for net in nets}
     template = (Path(__file__).parent / "proof_document.md").read_text()
-    values: dict[str, str] = {}
+    names = {net: NAMES[net] for net in nets}
+    values = proof_paper.values(runs, names, LEVELS) | proof_cheaper.values(cheaper, names)
     for net in nets:
         values |= {
             f"prediction {net}": prediction_table(runs, net),
-            f"alone {net}": alone_table(runs, net),
             f"cheaper {net}": cheaper_table(runs, net),
             f"accuracy {net}": accuracy_table(runs, net, 3 if accuracy_seeds(runs, net) >= 3 else 1),
             f"seeds {net}": str(seeds[net]),
         }
-        for bits in (4, 2):
-            for kind in ("weight", "activation"):
-                values[f"alone {net} {bits} {kind}"] = cell(alone_correlation(runs, net, bits, kind))
         for budget in PREDICTED:
             losses = of_runs(runs, net, lambda lines, b=budget: float(np.ptp(lines[f"random {b}"]["loss"])))
             values[f"spread {net} {budget}"] = cell(losses)
@@ -321,7 +238,7 @@ def document(runs: Runs) -> str:
             for name in PREDICTORS:
                 for after, word in ((False, "joint"), (True, "tuned")):
                     values[f"rho {net} {budget} {name} {word}"] = cell(correlations(runs, net, budget, name, after))
-        for budget in BUDGETS:
+        for budget in LEVELS:
             for name in CONTESTANTS:
                 gains = differences(runs, net, budget, name, min(3, accuracy_seeds(runs, net))) or differences(
                     runs, net, budget, name, 1
@@ -374,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.collect:
         collect(arguments.collect, LINES)
     runs = read(LINES)
-    DOCUMENT.write_text(document(runs))
+    DOCUMENT.write_text(document(runs, read(CHEAPER)))
+    proof_paper.indicator_figure(runs, NAMES, LINES.parent / "indicators.png")
     figure(runs, LINES.parent / "prediction.png")
     print(DOCUMENT)
     return 0

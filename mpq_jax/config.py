@@ -95,6 +95,8 @@ class Joint:
     step_size_learning_rate: float = 0.1
     error_weight: float = 1.0  # of the relative quantization error in the step sizes' loss; 0 in the paper
     error_steps: int = 60  # first steps, in which step sizes follow that error alone
+    slices: bool = False  # each row sees a slice of the batch of its own: a step costs one pass, not one a row
+    bit_widths: tuple[int, ...] = ()  # empty: all; else these are trained, the step sizes of the others interpolated
     random_rows: int = 1
     same_bits: bool = False  # random rows draw one width for weights and activations, as in the paper
     affine_per_row: bool = False
@@ -103,7 +105,12 @@ class Joint:
     average: float = 0.0  # decay of the moving average of the parameters; 0: none
     label_smoothing: float = 0.0
     distill: float = 0.0  # weight of in-place distillation from the widest row
-    alpha: str = "auto"  # fitted to the logged random rows, or a number
+    settled: float = 0.0  # not 0: step sizes keep their learning rate until their means over `window` steps differ by
+    # less than this (root mean square of relative differences), then cool down over two windows; `steps` at most
+    window: int = 20
+    alpha: str = "auto"  # fitted to losses of random policies, or a number
+    alpha_policies: int = 128  # so many are measured after training, all on the same two batches (a 20th of the cost of
+    # 300 steps of 6 rows): that repeats with other batches, where the random rows' own log (0) does not; docs/results.md
 
 
 @dataclasses.dataclass(frozen=True)

@@ -165,6 +165,7 @@ def joint_loss(
     distill: Distill | None = None,
     error_weight: float = 0.0,
     task_weight: float | jax.Array = 1.0,
+    sliced: bool = False,
 ) -> tuple[jax.Array, tuple[jax.Array, Any, Any]]:
     """The sum of the rows' losses (LIMPQ algorithm 1), all rows under one `jax.vmap`.
 
@@ -174,6 +175,8 @@ def joint_loss(
     A quantizer's own penalty (PACT's on its clipping levels) is added for each row.
 
     task_weight: of the rows' own losses in the sum.
+    sliced: the batch's leaves are [P, B, ...]: each row sees samples of its own. Not with distillation in place, whose
+        rows answer for the same samples.
     policies: a stack {path: Bits([P], [P])}, or None for the float model (the rows then differ in nothing).
     Returns (sum [], (losses [P], statistics after the batch [P, ...], moved)), with `moved` as `operands.TERMS` says of
     "state", summed over the rows; {} where the quantizer has no state.
@@ -181,7 +184,9 @@ def joint_loss(
     mutable = list(rows["stats"])
     terms = () if policies is None else _terms(model, error_weight)
 
-    def forward(row, policy):
+    per_row = 0 if sliced else None
+
+    def forward(row, policy, batch):
         variables = {"params": _with_affine(params, row["affine"]), **row["stats"]}
         out: Any = model.apply(
             variables, policy, *task.inputs(batch), mutable=mutable, rngs=rngs, terms=terms, **task.train_kwargs
@@ -189,8 +194,8 @@ def joint_loss(
         outputs, *more = out if mutable or terms else (out,)
         return outputs, more[0] if mutable else {}, more[-1] if terms else {}
 
-    outputs, stats, measured = jax.vmap(forward, out_axes=(0, 0, 0))(rows, policies)
-    losses = jax.vmap(lambda out: task.loss(out, batch))(outputs)
+    outputs, stats, measured = jax.vmap(forward, (0, 0, per_row))(rows, policies, batch)
+    losses = jax.vmap(task.loss, (0, per_row))(outputs, batch)
     if distill is not None:
         losses = _distilled(distill, losses, logits_of(outputs), policies, batch)
     total = task_weight * losses + error_weight * measured.get("error", 0.0) + measured.get("penalty", 0.0)
@@ -225,6 +230,21 @@ def _distilled(distill: Distill, losses, outputs, policies, batch):
     return jnp.where(is_teacher, losses, mixed)
 
 
+def slices(batch: Batch, rows: int) -> dict[str, jax.Array]:
+    """[B, ...] -> [P, B // P, ...]: a slice of the batch for each of P rows; what is left over goes unused.
+
+    Raises Refusal for a batch of fewer samples than rows.
+    """
+    samples = jax.tree.leaves(batch)[0].shape[0]
+    if samples < rows:
+        raise Refusal(
+            f"a batch of {samples} samples has no slice for each of the {rows} rows; take at least "
+            f"--joint.batch_size {rows}, or leave out joint.slices"
+        )
+    each = samples // rows
+    return jax.tree.map(lambda x: x[: rows * each].reshape(rows, each, *x.shape[1:]), dict(batch))
+
+
 def make_step(
     model: QuantizedModel,
     task: Task,
@@ -238,6 +258,7 @@ def make_step(
     error_steps: int = 0,
     average: float = 0.0,
     dropout: bool = False,
+    sliced: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """step(state, batch, key, fixed) -> (state, {"losses": [P], "assignment": int32 [R, L, 2], "gradient_norm": []}).
 
@@ -251,6 +272,7 @@ def make_step(
     where several rows have the same bits the leaf takes the mean.
     average: decay of the moving average of the parameters (0: none).
     dropout: give the model the task's random streams each step (Linen; an NNX model carries its own).
+    sliced: every row sees a slice of the batch (`slices`), no sample twice: a step costs one pass in place of P.
     The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
     """
 
@@ -260,7 +282,7 @@ def make_step(
     def gradients(state, policies, batch, rngs):
         task_weight = jnp.where(state.step < error_steps, 0.0, 1.0) if error_weight and error_steps else 1.0
 
-        def loss(trained, rows, policies):
+        def loss(trained, rows, policies, own):
             params, affine = trained
             rows = {**rows, "affine": affine}
             return joint_loss(
@@ -269,14 +291,16 @@ def make_step(
                 params,
                 rows,
                 policies,
-                batch,
+                batch if own is None else own,
                 rngs=rngs,
                 distill=distill,
                 error_weight=error_weight,
                 task_weight=task_weight,
+                sliced=own is not None,
             )
 
-        return _accumulated(loss, state, policies, rows_at_a_time)
+        own = slices(batch, state.rows["index"].shape[0]) if sliced else None
+        return _accumulated(loss, state, policies, own, rows_at_a_time)
 
     def step(state: TrainState, batch: Batch, key: jax.Array, fixed: Mapping[str, Bits] | None = None):
         key = jax.random.fold_in(key, state.step)
@@ -302,14 +326,14 @@ def make_step(
     return step
 
 
-def _accumulated(loss, state: TrainState, policies, rows_at_a_time: int):
-    """Gradients of all rows at once, or of a few rows at a time, summed.
+def _accumulated(loss, state: TrainState, policies, own, rows_at_a_time: int):
+    """Gradients of all rows at once, or of a few rows at a time, summed. own: the rows' own samples [P, ...], or None.
 
     -> (gradients, losses [P], stats [P, ...], moved: as joint_loss returns it)
     """
     trained = (state.params, state.rows["affine"])
     if not rows_at_a_time:
-        grads, (losses, stats, moved) = jax.grad(loss, has_aux=True)(trained, state.rows, policies)
+        grads, (losses, stats, moved) = jax.grad(loss, has_aux=True)(trained, state.rows, policies, own)
         return grads, losses, stats, moved
     rows = jax.tree.leaves((state.rows, policies))[0].shape[0]
     if rows % rows_at_a_time:
@@ -320,13 +344,13 @@ def _accumulated(loss, state: TrainState, policies, rows_at_a_time: int):
         return jax.tree.map(lambda x: x.reshape(rows // rows_at_a_time, rows_at_a_time, *x.shape[1:]), tree)
 
     def body(total, part):
-        affine, part_rows, part_policies = part
+        affine, part_rows, part_policies, part_own = part
         (shared, own), (losses, stats, moved) = jax.grad(loss, has_aux=True)(
-            (state.params, affine), part_rows, part_policies
+            (state.params, affine), part_rows, part_policies, part_own
         )
         return jax.tree.map(jnp.add, total, shared), ((own, losses, stats), moved)
 
-    parts = split((state.rows["affine"], state.rows, policies))
+    parts = split((state.rows["affine"], state.rows, policies, own))
     shared, (stacked, moved) = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, state.params), parts)
     own, losses, stats = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), stacked)
     return (shared, own), losses, stats, jax.tree.map(lambda x: x.sum(0), moved)

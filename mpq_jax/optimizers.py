@@ -1,7 +1,7 @@
 """Optimizers: weights and step sizes (or whatever positive leaves a quantizer trains) each have their own."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,71 @@ def keep_positive() -> optax.GradientTransformation:
         return jax.tree.map(lambda u, s: jnp.maximum(u, -s / 2), updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class SettlingState(NamedTuple):
+    """updates_done: so far. settled_at: the update that the cool-down starts with; -1 before that is known.
+
+    total: sum of the parameters since the window began. last: means of the window before. moved: root mean square of
+    the differences of the last two windows' means; infinite before there are two.
+    """
+
+    inner: Any
+    updates_done: jax.Array
+    settled_at: jax.Array
+    total: Any
+    last: Any
+    moved: jax.Array
+
+
+def settling(
+    inner: optax.GradientTransformation, tolerance: float, window: int, steps: int, first: int = 0
+) -> optax.GradientTransformation:
+    """Full rate until the parameters stand still, then a cosine to 0 over two windows: when is data's to say, not ours.
+
+    At a constant rate parameters never come to rest, but jitter around where they settle; so the *means* over windows
+    of `window` updates are compared: where two that follow each other differ by less than `tolerance` (root mean
+    square over all parameters; in log space: relative differences), what is left is jitter. Windows are counted from
+    update `first` on. The cool-down starts, at the latest, so that it ends with update `steps`.
+    All that the test needs is part of the state, so that a run that was stopped goes on alike. Learning rates of
+    `inner` must be constant.
+    """
+    cool_down = 2 * window
+
+    def init(params: Any) -> SettlingState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return SettlingState(inner.init(params), jnp.int32(0), jnp.int32(-1), zeros, zeros, jnp.float32(jnp.inf))
+
+    def update(updates: Any, state: SettlingState, params: Any = None) -> tuple[Any, SettlingState]:
+        now = state.updates_done
+        in_window = (now - first) % window
+        counts = now >= first
+        total = jax.tree.map(
+            lambda t, x: jnp.where(in_window == 0, 0, t) + jnp.where(counts, x, 0), state.total, params
+        )
+        ends = counts & (in_window == window - 1)
+        mean = jax.tree.map(lambda t: t / window, total)
+        squares = jax.tree.leaves(jax.tree.map(lambda m, old: jnp.square(m - old).sum(), mean, state.last))
+        size = sum(x.size for x in jax.tree.leaves(params))
+        second = now - first >= 2 * window - 1
+        moved = jnp.where(ends & second, jnp.sqrt(sum(squares) / size), state.moved).astype(jnp.float32)
+        last = jax.tree.map(lambda m, old: jnp.where(ends, m, old), mean, state.last)
+        due = jnp.where(moved < tolerance, now + 1, jnp.where(now >= steps - cool_down, now, -1))
+        settled_at = jnp.where(state.settled_at < 0, due, state.settled_at)
+        done = jnp.where(settled_at < 0, 0, now - settled_at + 1) / (cool_down + 1)
+        rate = (1 + jnp.cos(jnp.pi * jnp.minimum(done, 1))) / 2
+        scaled, inner_state = inner.update(updates, state.inner, params)
+        scaled = jax.tree.map(lambda u: u * rate, scaled)
+        return scaled, SettlingState(inner_state, now + 1, settled_at, total, last, moved)
+
+    return optax.GradientTransformation(init, update)
+
+
+def settled(optimizer_state: Any, window: int) -> bool:
+    """Whether the cool-down of a `settling` within the optimizer is over."""
+    names = ("updates_done", "settled_at")
+    done, settled_at = (int(optax.tree_utils.tree_get(optimizer_state, name)) for name in names)
+    return settled_at >= 0 and done - settled_at >= 2 * window
 
 
 def quantizer_leaves(model: QuantizedModel, which: str) -> frozenset[str]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mpq_jax import __version__, costs, flax_seam, importance, joint, policy, report, stages
 from mpq_jax.config import Config
-from mpq_jax.criteria.learned import learned, unlearnable
+from mpq_jax.criteria.learned import learned, save_rows, unlearnable
 from mpq_jax.files import read_json, write_json
 from mpq_jax.layers import leaf_paths
 from mpq_jax.numerics import at_bits
@@ -61,6 +61,9 @@ def learn(config: Config, workdir: Path) -> Importance | None:
         print(f"joint training is done: {workdir}")
         return None
     end = joint.row_variables(state, 0, averaged=True)
+    if alpha is None and config.joint.alpha_policies:
+        log = stages.measured_rows(run, state, config.joint.alpha_policies)
+        save_rows(workdir / "joint" / "alpha_rows.npz", run.model.layers, log)
     table, outliers = importance.repair(learned(run.model, end, log))
     table = table._replace(alpha=alpha if alpha is not None else table.alpha, rules=config.search.rules)
     for path, kind, bits in outliers:

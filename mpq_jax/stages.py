@@ -5,6 +5,7 @@ random_rows.npz and the importance.json made from it.
 """
 
 import contextlib
+import itertools
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +20,8 @@ import optax
 from mpq_jax import build, checkpoint, data, joint, logs, optimizers, stopping
 from mpq_jax.config import Config, Finetune, Joint, Pretrain
 from mpq_jax.criteria.learned import RowLog
-from mpq_jax.files import whole
+from mpq_jax.fewer_widths import filled_in, trained_on
+from mpq_jax.files import whole, write_json
 from mpq_jax.float_model import FloatModel
 from mpq_jax.policy import stack
 from mpq_jax.progress import progress
@@ -99,12 +101,13 @@ def train(
     row_names: list[str],
     fixed: Mapping[str, Bits] | None = None,
     recorder: logs.Recorder | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[int, Any], bool] = lambda step, state: False,
 ) -> Any:
     """Runs a compiled `step` until `steps`, from the newest checkpoint of the stage if there is one. -> state
 
     step: joint's step, or another of its signature, from `compile_step`; it consumes its state. fixed: its rows that
-    stay. stop: whether to end after this step, with a checkpoint. Where the stage is finished, nothing is written.
+    stay. stop(steps done, state): whether to end here, with a checkpoint. Where the stage is finished, nothing is
+    written.
     batches(first_step) -> batches from that step on. Losses are looked at every `log_every` steps and before every
     checkpoint, so that a checkpoint never holds a state that followed a loss that was not finite.
     Raises Refusal at such a loss, naming row and step; Stopped after the checkpoint that SIGTERM asked for.
@@ -123,7 +126,7 @@ def train(
         first, state = found if found else (0, state)
         log = logs.recorder(stage, directory, row_names, config.log_every, run.sinks)
         recorders = [log, *([recorder] if recorder else [])]
-        if first >= steps or stop():
+        if first >= steps or stop(first, state):
             # Nothing is left to do, and nothing to drop; what was recorded may be asked for.
             if recorder:
                 recorder.load(first)
@@ -146,7 +149,7 @@ def train(
                 if len(pending) >= AHEAD:  # few steps are under way at a time: what SIGTERM waits for is short
                     jax.block_until_ready(pending[-AHEAD])
                 asked = stopping.asked()
-                last = i + 1 == steps or stop() or asked
+                last = i + 1 == steps or stop(i + 1, state) or asked
                 due = last or (i + 1) % config.checkpoint_every == 0
                 if due or (i + 1) % config.log_every == 0:
                     latest = _settle(pending, row_names, stage, directory, recorders)
@@ -264,10 +267,21 @@ def joint_optimizer(model: QuantizedModel, settings: Joint, steps: int) -> optax
     if settings.weights not in ("still", "trained"):
         raise Refusal(f'joint.weights {settings.weights!r} is not known; choose "still" or "trained"')
     weights = optax.set_to_zero() if settings.weights == "still" else sgd(settings.clip, settings.weight_decay)
+    if settings.settled and (settings.weights != "still" or settings.step_size_optimizer != "log_adam"):
+        raise Refusal("joint.settled watches step sizes that log_adam moves beside still weights; leave it out")
     if settings.step_size_optimizer == "log_adam":
-        rate = optimizers.schedule(settings.step_size_learning_rate, updates, warmup=warmup)
+        rate: Any = optimizers.schedule(settings.step_size_learning_rate, updates, warmup=warmup)
+        if settings.settled:
+            rate = (
+                optax.linear_schedule(0.0, settings.step_size_learning_rate, warmup)
+                if warmup
+                else (settings.step_size_learning_rate)
+            )
         # A short memory of the second moment: gradients shrink by orders of magnitude on the way from a bad start.
-        step_sizes = optimizers.log_space(optax.adam(rate, b2=0.95))
+        adam = optax.adam(rate, b2=0.95)
+        if settings.settled:
+            adam = optimizers.settling(adam, settings.settled, settings.window, updates, _watched_from(settings, steps))
+        step_sizes = optimizers.log_space(adam)
     elif settings.step_size_optimizer == "sgd":
         step_sizes = optax.chain(sgd(settings.clip, settings.weight_decay), optimizers.keep_positive())
     else:
@@ -276,9 +290,35 @@ def joint_optimizer(model: QuantizedModel, settings: Joint, steps: int) -> optax
     return optax.MultiSteps(optimizer, settings.accumulate) if settings.accumulate > 1 else optimizer
 
 
+def _error_steps(settings: Joint, steps: int) -> int:
+    """First steps, in which there is nothing but the quantization error: never more than a quarter."""
+    return min(settings.error_steps, steps // 4) if settings.error_weight else 0
+
+
+def _watched_from(settings: Joint, steps: int) -> int:
+    """The optimizer update that `settled` looks at step sizes from: past the error's own steps and the warm-up."""
+    updates = max(1, steps // settings.accumulate)
+    return max(_error_steps(settings, steps) // settings.accumulate, min(settings.warmup_steps, updates // 2))
+
+
+def joint_settled(settings: Joint, steps: int) -> Callable[[int, joint.TrainState], bool]:
+    """`train`'s stop for joint training: looks at the state only where the test can have an answer: at windows' ends."""
+
+    def stop(step: int, state: joint.TrainState) -> bool:
+        if not settings.settled or step % settings.accumulate:
+            return False
+        at_end = (step // settings.accumulate - _watched_from(settings, steps)) % settings.window == 0
+        return at_end and optimizers.settled(state.optimizer, settings.window)
+
+    return stop
+
+
 def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainState, RowLog]:
     """Joint training from calibrated variables. -> (state, log of the random rows)"""
-    settings, model = run.config.joint, run.model
+    settings = run.config.joint
+    if settings.slices and settings.distill:
+        raise Refusal("joint.distill needs rows that see the same samples; leave out joint.slices")
+    model = trained_on(run.model, settings.bit_widths) if settings.bit_widths else run.model
     steps = steps_of(settings, run)
     optimizer = joint_optimizer(model, settings, steps)
     uniform = joint.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
@@ -293,9 +333,10 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
         rows_at_a_time=settings.rows_at_a_time,
         distill=joint.Distill(settings.distill) if settings.distill else None,
         error_weight=settings.error_weight,
-        error_steps=min(settings.error_steps, steps // 4),
+        error_steps=_error_steps(settings, steps),
         average=settings.average,
         dropout=_is_linen(model),
+        sliced=settings.slices,
     )
     state = joint.init_state(
         variables, optimizer, len(names), affine_per_row=settings.affine_per_row, average=settings.average > 0
@@ -305,8 +346,51 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
     )
     batches = _train_batches(run, settings.batch_size, "joint")
     recorder = logs.Recorder(log.load, log.add, log.flush) if settings.random_rows else None
-    state = train(run, "joint", state, compile_step(step), steps, batches, names, uniform, recorder)
+    stop = joint_settled(settings, steps)
+    state = train(run, "joint", state, compile_step(step), steps, batches, names, uniform, recorder, stop)
+    if stop(ended := int(state.step), state):
+        write_json(run.workdir / "joint" / SETTLED, {"format": "mpq-settled", "version": 1, "step": ended})
+    if settings.bit_widths:
+        average = None if state.average is None else filled_in(run.model, model, state.average)
+        state = state._replace(params=filled_in(run.model, model, state.params), average=average)
     return state, log.log()
+
+
+SETTLED = "settled.json"  # beside the checkpoints of a joint training that ended before its steps did
+ALPHA_BATCHES, ALPHA_ROWS = 2, 8  # measured_rows: batches, and policies drawn at once
+
+
+def measured_rows(run: Run, state: joint.TrainState, policies: int) -> RowLog:
+    """Losses of `policies` random policies of the joint model (rounded up to a multiple of 8), all on the same batches.
+
+    For `fit_alpha` where the rows' own log is too noisy, as with slices of the batch: policies that meet the same
+    samples differ by their bits alone. Statistics are each batch's own, as in joint training. Cost: a forward pass of
+    2 batches a policy.
+    """
+    settings, model, task = run.config.joint, run.model, joint.classification(run.config.joint.label_smoothing)
+    variables = joint.row_variables(state, -1, averaged=True)
+    at_once = 1 if settings.rows_at_a_time else ALPHA_ROWS  # where memory is short
+    rows = joint.init_state(variables, optax.identity(), at_once).rows
+    rngs = {"dropout": jax.random.key(run.config.seed)} if _is_linen(model) else None
+
+    @jax.jit
+    def losses(params, rows, policies, batch):
+        return joint.joint_loss(model, task, params, rows, policies, batch, rngs=rngs)[1][0]
+
+    batches = list(itertools.islice(_train_batches(run, settings.batch_size, "alpha")(0), ALPHA_BATCHES))
+    key = jax.random.fold_in(jax.random.key(run.config.seed), sum(map(ord, "alpha")))
+    searched = [layer for layer in model.layers if layer.searched]
+    assignments, found = [], []
+    for i in range(-(-policies // ALPHA_ROWS)):
+        drawn = joint.random_rows(
+            jax.random.fold_in(key, i), model.layers, model.bit_widths, model.activation_bit_widths, ALPHA_ROWS
+        )
+        assignments.append(np.asarray(joint.assignment_array(drawn, searched)))
+        for first in range(0, ALPHA_ROWS, at_once):
+            part = jax.tree.map(lambda bits, first=first: bits[first : first + at_once], drawn)
+            found.append(np.mean([losses(variables["params"], rows, part, batch) for batch in batches], axis=0))
+    loss = np.concatenate(found)
+    return RowLog(np.zeros(len(loss), np.int32), np.concatenate(assignments), loss, np.zeros_like(loss))
 
 
 class RowLogFile:
@@ -372,7 +456,7 @@ class RowLogFile:
 def check_finished(run: Run, stage: str, settings: Pretrain | Joint) -> None:
     """Refuses a stage whose last checkpoint is not there, or damaged."""
     (step, damage), steps = latest_whole(run.workdir / stage), steps_of(settings, run)
-    if (step or 0) < steps:
+    if (step or 0) < steps and not (run.workdir / stage / SETTLED).exists():
         raise Refusal(
             f"{run.workdir / stage} stands at step {step or 0} of {steps}{f' ({damage})' if damage else ''}; finish it "
             f"with: python train.py --config … --workdir {run.workdir}"

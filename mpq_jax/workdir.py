@@ -34,7 +34,7 @@ def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> bool:
     if not path.exists():
         write_json(path, {"format": "mpq-run", "version": 1, "config": mine})
         return True
-    theirs = config_lib.to_json(load_config(workdir))
+    theirs = config_lib.to_json(load_config(workdir))  # values that its program did not have yet, at their defaults
     changed = [key for key in config_lib.differences(mine, theirs, _LEARNING) if key not in _FREE]
     if changed:
         shown = ", ".join(f"{key} is {_at(theirs, key)} there, {_at(mine, key)} now" for key in changed[:3])

@@ -118,6 +118,35 @@ def test_rows_at_a_time_must_divide(net):
         step(joint.init_state(variables, SGD, 3), BATCH, jax.random.key(0), uniform(quantized))
 
 
+def test_slices(net):
+    """Every row sees its own samples: losses and the summed gradient, row by row, each a batch by itself."""
+    quantized, variables = net
+    state, policies = joint.init_state(variables, SGD, 3), uniform(quantized)
+    results = [
+        jax.jit(joint.make_step(quantized, TASK, SGD, sliced=True, rows_at_a_time=n))(
+            state, BATCH, jax.random.key(0), policies
+        )
+        for n in (0, 1)
+    ]
+
+    @jax.jit
+    @jax.value_and_grad
+    def alone(params, policy, batch):
+        out, _ = quantized.apply(
+            {**variables, "params": params}, policy, batch["image"], train=True, mutable=["batch_stats"]
+        )
+        return TASK.loss(out, batch)
+
+    parts = [{name: leaf[2 * i : 2 * i + 2] for name, leaf in BATCH.items()} for i in range(3)]  # 8 samples: 2 unused
+    losses, grads = zip(*(alone(state.params, row_of(policies, i), parts[i]) for i in range(3)), strict=True)
+    expected = jax.tree.map(lambda x, *g: x - 0.1 * sum(g), state.params, *grads)
+    for after, metrics in results:
+        np.testing.assert_allclose(metrics["losses"], losses, rtol=1e-5)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5), after.params, expected)
+    with pytest.raises(Refusal, match=r"no slice for each of the 3 rows; take at least --joint\.batch_size 3"):
+        joint.slices({"label": jnp.zeros(2)}, 3)
+
+
 def test_affine_per_row(net):
     """Each row moves its own scale and bias by its own gradient; the shared copies stay."""
     quantized, variables = net

@@ -1,6 +1,8 @@
 """End to end on digits: train, search, fine-tune, report; interrupted and resumed; and what goes wrong on purpose."""
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,11 @@ from made_reports import rows_of, table_named, taken_apart
 
 import search
 import train
-from mpq_jax import logs, stages
-from mpq_jax.criteria.learned import RowLog, fit_alpha
+from mpq_jax import joint, logs, stages
+from mpq_jax.criteria.learned import RowLog, fit_alpha, load_rows
 from mpq_jax.importance import load_importance
-from mpq_jax.types import Importance, Layer
+from mpq_jax.types import Bits, Importance, Layer
+from mpq_jax.workdir import latest_step, load_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = """
@@ -134,6 +137,10 @@ def test_refusals(place, capsys, more, words):
         (["--quantize.bit_widths", "1,2"], "from 2 to 16"),
         (["--joint.alpha", "-1"], "positive number"),
         (["--joint.weights", "fixed"], '"still" or "trained"'),
+        (["--joint.slices", "true", "--joint.distill", "0.5"], "leave out joint.slices"),
+        (["--joint.slices", "true", "--joint.batch_size", "3"], "take at least --joint.batch_size 4"),
+        (["--joint.bit_widths", "2,3"], "with 2 and 4 among them"),
+        (["--joint.settled", "0.1", "--joint.weights", "trained"], "still weights; leave it out"),
     ],
 )
 def test_refusals_of_a_new_run(place, tmp_path, capsys, more, words):
@@ -179,6 +186,71 @@ def test_paper_recipe_and_options_run(place, tmp_path):
     log = np.load(Path(run) / "joint" / "random_rows.npz")
     np.testing.assert_array_equal(log["assignment"][..., 0], log["assignment"][..., 1])
     assert len(log["step"]) == 8
+
+
+CHEAPER = [
+    *("--joint.slices", "true", "--joint.bit_widths", "2,4", "--joint.alpha_policies", "20"),
+    *("--joint.steps", "20", "--joint.settled", "10", "--joint.window", "2"),  # any window is within 10 of the last
+]
+
+
+def test_cheaper_joint_training_stopped_and_resumed(place, monkeypatch):
+    """Slices, fewer widths and a test of rest: it ends early, and the same if it was killed on the way."""
+    for run in ("cheaper", "cheaper stopped"):
+        shutil.copytree(place / "run" / "pretrain", place / run / "pretrain")
+    assert train.main(arguments(place, "cheaper", *CHEAPER)) == 0
+    # Error alone for 20 // 4 steps, two windows that hardly differ, two windows of cooling down.
+    assert latest_step(place / "cheaper" / "joint") == 5 + 2 * 2 + 2 * 2
+    real, served = stages.data.train_batches, []
+
+    def stopping(*args, **kwargs):
+        for batch in real(*args, **kwargs):
+            served.append(1)
+            if len(served) == 1 + 11:  # calibration, then ten joint steps, within the cool-down
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(stages.data, "train_batches", stopping)
+    assert train.main(arguments(place, "cheaper stopped", *CHEAPER)) == 130
+    monkeypatch.setattr(stages.data, "train_batches", real)
+    assert train.main(arguments(place, "cheaper stopped", *CHEAPER)) == 0
+    for name in ("importance.json", "indicators.json"):
+        assert (place / "cheaper stopped" / name).read_bytes() == (place / "cheaper" / name).read_bytes()
+    table = load_importance(place / "cheaper" / "importance.json")
+    saved = json.loads((place / "cheaper" / "indicators.json").read_text())["learned"]
+    for kind in ("weight", "activation"):
+        two, three, four = np.array(saved[kind]).T
+        np.testing.assert_allclose(three, np.sqrt(two * four), rtol=1e-5)
+    log = np.load(place / "cheaper" / "joint" / "random_rows.npz")
+    assert set(np.unique(log["assignment"])) == {2, 4} and log["uniform"].shape[1] == 2
+    # Alpha is that of policies measured after training, each by itself here, on the same two batches.
+    config = load_config(place / "cheaper")
+    run = stages.open_run(config, place / "cheaper")
+    state, _ = stages.joint_train(run, stages.calibrated(run, stages.finished_float(run)))
+    rows = stages.measured_rows(run, state, 20)
+    for mine, kept in zip(
+        rows, load_rows(place / "cheaper" / "joint" / "alpha_rows.npz", run.model.layers), strict=True
+    ):
+        np.testing.assert_array_equal(mine, kept)
+    assert len(rows.loss) == 24 and table.alpha == fit_alpha(table._replace(**_arrays(saved)), rows)
+    variables, task = joint.row_variables(state, 0), joint.classification()
+    batches = list(itertools.islice(stages._train_batches(run, 16, "alpha")(0), 2))
+    for number in (0, 23):
+        bits = rows.assignment[number]
+        chosen = {
+            **{layer.path: layer.bits for layer in run.model.layers if layer.bits},
+            **dict(zip((ly.path for ly in run.model.layers if ly.searched), (Bits(*b) for b in bits), strict=True)),
+        }
+        outputs = [
+            run.model.apply(variables, chosen, batch["image"], train=True, mutable=["batch_stats"])[0]
+            for batch in batches
+        ]
+        losses = [float(task.loss(out, batch)) for out, batch in zip(outputs, batches, strict=True)]
+        np.testing.assert_allclose(rows.loss[number], np.mean(losses), rtol=1e-4)
+
+
+def _arrays(tables):
+    return {kind: np.array(tables[kind]) for kind in ("weight", "activation")}
 
 
 def test_fit_alpha_finds_the_alpha_of_made_losses():

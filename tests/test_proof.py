@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import proof, proof_document
+from benchmarks import proof, proof_cheaper, proof_document, proof_lines, proof_statistics
 from mpq_jax import build, config, costs
 from mpq_jax.types import Bits, Importance, Layer
 
@@ -17,9 +17,9 @@ def runs():
 
 
 def test_the_document_agrees_with_the_lines(runs):
-    assert proof_document.DOCUMENT.read_text() == proof_document.document(runs), (
-        "write it again: python -m benchmarks.proof_document"
-    )
+    assert proof_document.DOCUMENT.read_text() == proof_document.document(
+        runs, proof_document.read(proof_document.CHEAPER)
+    ), "write it again: python -m benchmarks.proof_document"
 
 
 def test_a_correlation_computed_another_way(runs):
@@ -35,9 +35,9 @@ def test_a_difference_computed_another_way(runs):
     wanted = []
     for seed in range(5):
         lines = runs["resnet8", seed]
-        one = lines["finetuned " + proof.digest(lines["chosen W3A3 sampled"]["policy"])]
+        one = lines["finetuned " + proof_lines.digest(lines["chosen W3A3 sampled"]["policy"])]
         others = [
-            lines["finetuned " + proof.digest(lines[f"chosen W3A3 uniform {name}"]["policy"])]
+            lines["finetuned " + proof_lines.digest(lines[f"chosen W3A3 uniform {name}"]["policy"])]
             for name in ("W2A4", "W3A3", "W4A2")
         ]
         wanted.append(one["test_accuracy"] - min(others, key=lambda each: each["loss"])["test_accuracy"])
@@ -50,12 +50,12 @@ def test_every_policy_keeps_its_budget(runs):
 
 
 def test_interval_and_reliability():
-    mean, half = proof_document.interval([1.0, 2.0, 3.0])
+    mean, half = proof_statistics.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.302653 / np.sqrt(3))  # t of two degrees of freedom at 0.975
-    assert proof_document.cell([1.0]) == "1.00"
-    assert proof_document.reliability([[1, 1], [2, 2], [3, 3]]) == pytest.approx(1)
+    assert proof_statistics.cell([1.0]) == "1.00"
+    assert proof_statistics.reliability([[1, 1], [2, 2], [3, 3]]) == pytest.approx(1)
     # Ranks 1 2 3 and 1 3 2: r = 1/2, stepped up to 2/3.
-    assert proof_document.reliability([[1, 1], [2, 3], [3, 2]]) == pytest.approx(2 / 3)
+    assert proof_statistics.reliability([[1, 1], [2, 3], [3, 2]]) == pytest.approx(2 / 3)
 
 
 TABLE = Importance(
@@ -84,12 +84,12 @@ def test_uniform_policies_that_no_other_has_all_bits_of(text):
 
 def test_policies_survive_a_line(tmp_path):
     policy = {"ends": Bits(8, 8), "l1": Bits(2, 3), "l2": Bits(4, 4)}
-    lines = proof.Lines(tmp_path / "lines.jsonl")
-    lines.add("one", policy=proof.as_lists([policy], TABLE)[0])
+    lines = proof_lines.Lines(tmp_path / "lines.jsonl")
+    lines.add("one", policy=proof_lines.as_lists([policy], TABLE)[0])
     with lines.path.open("a") as file:
         file.write(json.dumps({"key": "two", "policy": []})[:-4])  # a kill in the middle of a line
-    again = proof.Lines(lines.path)
-    assert "two" not in again and proof.as_policy(again["one"]["policy"], TABLE) == policy
+    again = proof_lines.Lines(lines.path)
+    assert "two" not in again and proof_lines.as_policy(again["one"]["policy"], TABLE) == policy
 
 
 def test_the_sampled_table_finds_additive_harm(tmp_path):
@@ -107,8 +107,28 @@ def test_the_sampled_table_finds_additive_harm(tmp_path):
             policies[:, j, 1] = policies[:, i, 1]
     rows = np.arange(len(paths))
     log = (weight[rows, policies[..., 0] - 2] + activation[rows, policies[..., 1] - 2]).sum(1)
-    lines = proof.Lines(tmp_path / "lines.jsonl")
+    lines = proof_lines.Lines(tmp_path / "lines.jsonl")
     lines.add("samples W3A3", policies=policies.tolist(), loss=np.ones(600).tolist(), divergence=np.exp(log).tolist())
     table = proof.sampled_table(model, (), lines, "sampled", "W3A4")
     assert table.weight is not None
     np.testing.assert_allclose(table.weight, weight - weight[:, -1:], atol=0.02)
+
+
+def test_a_regret_computed_another_way():
+    lines = proof_document.read(proof_document.CHEAPER)["resnet8", 0]
+    full, variant = lines["full"], lines["slices"]
+
+    def objective(bits):
+        harm = 0.0
+        for layer, (w, a) in enumerate(bits):
+            harm += full["alpha"]["measured"] * full["weight"][layer][w - 2] + full["activation"][layer][a - 2]
+        return harm
+
+    wanted = [
+        objective(variant["policies"]["measured"][budget]) / objective(full["policies"]["measured"][budget]) - 1
+        for budget in proof_lines.LEVELS
+    ]
+    assert proof_cheaper.regrets(full, variant, "measured") == pytest.approx(wanted)
+    assert min(wanted) > -1e-6  # no policy beats the proven optimum of the full run's table
+    # 18,000 of 300 steps x 6 rows x 64 samples: six slices of ten samples a step.
+    assert (variant["samples"], full["samples"]) == (300 * 6 * 10, 300 * 6 * 64)

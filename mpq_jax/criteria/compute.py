@@ -15,7 +15,7 @@ from mpq_jax import importance as importances
 from mpq_jax.config import Config
 from mpq_jax.criteria import Measured, find
 from mpq_jax.criteria.coupling import coupled_pairs, searched_pairs
-from mpq_jax.criteria.files import made_from, path_of, rows_file, uses_log
+from mpq_jax.criteria.files import alpha_rows_file, made_from, path_of, rows_file, uses_log
 from mpq_jax.criteria.learned import load_rows
 from mpq_jax.types import Importance, QuantizedModel, Refusal
 
@@ -94,14 +94,14 @@ def compute(name: str, workdir: Path, config: Config) -> Importance:
 
 def _given(run: stages.Run, config: Config, name: str, wanted: set[str]) -> dict[str, Any]:
     """What the criterion takes, and nothing else, from the run's folder."""
-    log = uses_log(name) and rows_file(run.workdir).is_file()
+    log = uses_log(name) and alpha_rows_file(run.workdir).is_file()
     sources: Mapping[str, Callable[[], Any]] = {
         "model": lambda: run.model,
         "task": run.task,
         "variables": lambda: _variables(run, config),
         "batches": lambda: _batches(run, config),
         "rows": lambda: load_rows(rows_file(run.workdir), run.model.layers),
-        "log": lambda: load_rows(rows_file(run.workdir), run.model.layers) if log else None,
+        "log": lambda: load_rows(alpha_rows_file(run.workdir), run.model.layers) if log else None,
         "joint": lambda: stages.finished_joint(run, stages.calibrated(run, stages.finished_float(run))),
         "rules": lambda: config.search.rules,
         "base": lambda: _base(run.workdir, run.model),

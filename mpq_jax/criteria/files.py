@@ -137,8 +137,10 @@ def made_from(workdir: Path, name: str, config: Config) -> dict[str, Any]:
         )
     if "joint" in criterion.needs:
         files.append(workdir / "joint" / str(latest_step(workdir / "joint")) / "_CHECKPOINT_METADATA")
-    if "rows" in criterion.needs or (uses_log(name) and rows_file(workdir).is_file()):
+    if "rows" in criterion.needs:
         files.append(rows_file(workdir))
+    if uses_log(name) and alpha_rows_file(workdir).is_file():
+        files.append(alpha_rows_file(workdir))
     if "indicators" in criterion.needs or result["criteria"].get("step_sizes") == "joint":
         files.append(workdir / "importance.json")
     # By their places in the run: the checkpoints of two stages have one name.
@@ -148,13 +150,19 @@ def made_from(workdir: Path, name: str, config: Config) -> dict[str, Any]:
 
 
 def uses_log(name: str) -> bool:
-    """Whether alpha is fitted to the random rows, where there are any."""
+    """Whether alpha is fitted to measured policies or random rows, where there are any: to what `learned`'s is."""
     return name in ("initial", "power_law", "constant")
 
 
 def rows_file(workdir: Path) -> Path:
     """Where joint training keeps the log of its random rows (`learned.RowLog`)."""
     return workdir / "joint" / "random_rows.npz"
+
+
+def alpha_rows_file(workdir: Path) -> Path:
+    """What alpha is fitted to: policies measured after joint training, or else its random rows."""
+    measured = workdir / "joint" / "alpha_rows.npz"
+    return measured if measured.is_file() else rows_file(workdir)
 
 
 def _digest(path: Path) -> str:

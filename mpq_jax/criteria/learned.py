@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax import flax_seam
+from mpq_jax.files import whole
 from mpq_jax.layers import leaf_paths
 from mpq_jax.types import Importance, Layer, QuantizedModel, Quantizer, Refusal
 
@@ -41,6 +42,20 @@ def load_rows(path: str | Path, layers: Sequence[Layer]) -> RowLog:
     if names.tolist() != [layer.path for layer in layers if layer.searched]:
         raise Refusal(f"{path} is of other layers than this model's; {again}")
     return RowLog(step, assignment, loss, uniform.mean(-1))
+
+
+def save_rows(path: Path, layers: Sequence[Layer], log: RowLog) -> None:
+    """Writes a log as `load_rows` reads it, whole or not at all; "uniform" holds the reference."""
+    with whole(path) as temporary:
+        names = np.array([layer.path for layer in layers if layer.searched])
+        np.savez_compressed(
+            temporary,
+            layers=names,
+            step=log.step,
+            assignment=log.assignment,
+            loss=log.loss,
+            uniform=log.reference[:, None],
+        )
 
 
 def unlearnable(quantizer: Quantizer) -> str | None:
@@ -103,12 +118,13 @@ def _row(model: QuantizedModel, variables: Mapping[str, Any], layer: Layer, kind
 
 
 def fit_alpha(importance: Importance, log: RowLog) -> float:
-    """The alpha whose sum predicts the logged losses of the random rows best.
+    """The alpha whose sum predicts the losses of random policies best: logged in training, or measured after it.
 
     Least squares of  loss - reference  on  1, c * (A + alpha W)  with c >= 0, where A and W are the row's sums of
     activation and weight indicators; alpha is searched on a logarithmic grid of [1e-3, 1e3] (121 points).
     The reference (same step, same batch) takes out what the step and the batch contribute. The later half of the log
-    is used: the early rows measured step sizes that had not settled.
+    is used: the early rows measured step sizes that had not settled. (Policies measured after training are all of step
+    0, on the same batches, with a reference of 0: all are used.)
     Returns 1.0 where the log holds fewer than 8 rows, or no alpha predicts with a positive slope.
     """
     late = log.step >= (np.median(log.step) if len(log.step) else 0)

@@ -131,7 +131,7 @@ def search(method: str, problem: Problem, journal: Journal, settings: Supernet, 
         batches_of(run, settings, seed),
         ["weights", "theta"],
         recorder=logs.Recorder(log.load, log.add, log.flush),
-        stop=lambda: journal.seconds is not None and log.seconds() >= journal.seconds,
+        stop=lambda *_: journal.seconds is not None and log.seconds() >= journal.seconds,
     )
     journal.begin_at(log.seconds())
     shares = edmips.probabilities(state.theta, problem) if method == "edmips" else final_shares(state.theta, problem)

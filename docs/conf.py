@@ -9,6 +9,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
 
+from config_reference import config_reference  # noqa: E402
+
 import mpq_jax  # noqa: E402
 
 project = "mpq_jax"
@@ -51,8 +53,8 @@ nitpick_ignore_regex = [
 COMMANDS = {"train": "mpq_jax.commands.train", "search": "mpq_jax.commands.search", "export": "mpq_jax.commands.export"}
 
 
-def write_help(app, config) -> None:
-    """What each command's --help says, for reference/commands.md: never copied by hand."""
+def generate(app, config) -> None:
+    """What is never copied by hand: what each command's --help says, and every setting with its default."""
     folder = HERE / "_generated"
     folder.mkdir(exist_ok=True)
     os.environ["COLUMNS"] = "100"
@@ -61,7 +63,8 @@ def write_help(app, config) -> None:
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
             __import__(module, fromlist=["main"]).main(["--help"])
         (folder / f"{name}.txt").write_text(out.getvalue())
+    (folder / "config.md").write_text(config_reference((HERE.parent / "mpq_jax" / "config.py").read_text()))
 
 
 def setup(app) -> None:
-    app.connect("config-inited", write_help)
+    app.connect("config-inited", generate)

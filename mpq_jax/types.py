@@ -29,7 +29,7 @@ class Bits(NamedTuple):
     a: Any
 
 
-# Layer path -> Bits. A pytree, so it can be stacked, mapped and traced.
+#: Layer path -> Bits. A pytree, so it can be stacked, mapped and traced.
 Policy = Mapping[str, Bits]
 
 
@@ -211,10 +211,10 @@ class QuantizedModel(NamedTuple):
     bit_widths, activation_bit_widths: the global candidates.
     quantizer: the method.
     variables: the float model's own variables where it carries them (NNX), else None (Linen: from its `init`).
-    apply(variables, policy, *inputs, mutable=False, rngs=None, terms=(), **kwargs) -> outputs, or (outputs, updates) as
+    apply(variables, policy, *inputs, mutable=False, rngs=None, terms=(), **kwargs): outputs, or (outputs, updates) as
         Linen's. A policy of None runs the float model. exact=True multiplies integer codes and scales the sums after.
-        With `terms` (of "error", "penalty", "state") one more result,
-        {term: value}: what the quantizers measured on the way; see `operands.TERMS`.
+        With `terms` (of "error", "penalty", "state") one more result, {term: value}, is what the quantizers measured
+        on the way; see `operands.TERMS`.
     calibrate(variables, *inputs, **kwargs) -> variables with the quantizer's leaves set from one batch.
     walk(variables, values, handler, inputs, kwargs, mutable, rngs) -> (outputs, updates, taps): what the two above
         are made of, for criteria that put something else in the place of a layer.

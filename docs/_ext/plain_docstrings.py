@@ -2,24 +2,25 @@
 
 What the docstrings look like:
 
-  name, other: what they are     a definition, where all names are parameters (of a function) or fields (of a NamedTuple);
-      lines that are indented    go on with it
+  name, other: what they are     a definition, where all names are parameters (of a function) or fields (of a NamedTuple)
   name(x) -> y: …                the same, of a field that is a function
   Raises Refusal …               what is raised
   Returns …  or  -> …            what comes back
   - a point                      a list
   an indented paragraph          shown as it stands
 
-Everything else is text, whose stars, bars and underscores mean themselves; `code` is code.
+Each of them begins a line, or a sentence. It goes on in lines that are indented, and in others until a sentence ends with
+its line. Everything else is text, whose stars, bars and underscores mean themselves; `code` is code.
 """
 
 import inspect
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 _CODE = re.compile(r"(`+[^`]+`+)")
 _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
+_STARTS = r"Raises [A-Z]|Returns |-> "
 
 
 def restructured(lines: Sequence[str], names: Collection[str]) -> list[str]:
@@ -36,69 +37,69 @@ def restructured(lines: Sequence[str], names: Collection[str]) -> list[str]:
 
 
 def _paragraph(lines: Sequence[str], names: Collection[str]) -> list[str]:
-    """One paragraph: parts of different kinds, each with the indented lines that belong to it."""
     if all(line.startswith("  ") for line in lines):
         return ["::", "", *("    " + line for line in lines)]
-    parts: list[list[str]] = []
-    text = False
+    return [line for part in _parts(lines, names) for line in _rendered(part, names)]
+
+
+def _parts(lines: Sequence[str], names: Collection[str]) -> Iterator[str]:
+    """The pieces of a paragraph, each of one kind."""
+    parts: list[str] = []
     for line in lines:
-        starts = _kind(line, names) != "text"
-        if starts or not parts or not (text or line.startswith(" ")):
-            parts.append([line.strip()])
-            text = not starts
+        goes_on = line.startswith(" ") or (
+            parts and _kind(line, names) == "text" and (_kind(parts[-1], names) == "text" or parts[-1][-1] not in ".:")
+        )
+        if goes_on and parts:
+            parts[-1] += " " + line.strip()
         else:
-            parts[-1].append(line.strip())
-    out: list[str] = []
+            parts.append(line.strip())
+    known = "|".join(re.escape(name) for name in names) or "(?!)"
+    sentence = re.compile(rf"(?<=[.;]) (?={_STARTS}|(?:{known})(?:, (?:{known}))*: )")
     for part in parts:
-        out += _rendered(part, names)
-    return out
+        yield from sentence.split(part)
 
 
-def _kind(line: str, names: Collection[str]) -> str:
-    if line.startswith(" "):
-        return "text"
-    if re.match(r"Raises [A-Z]\w+", line):
+def _kind(part: str, names: Collection[str]) -> str:
+    if re.match(r"Raises [A-Z]\w+ ", part):
         return "raises"
-    if re.match(r"(Returns|->)\s", line):
+    if part.startswith(("Returns ", "-> ")):
         return "returns"
-    if line.startswith("- "):
+    if part.startswith("- "):
         return "point"
-    return "definition" if _term(line, names) else "text"
+    return "definition" if _term(part, names) else "text"
 
 
-def _rendered(part: Sequence[str], names: Collection[str]) -> list[str]:
-    kind = _kind(part[0], names)
-    text = " ".join(part)
+def _rendered(part: str, names: Collection[str]) -> list[str]:
+    kind = _kind(part, names)
     if kind == "raises":
-        _, error, rest = text.split(" ", 2) if text.count(" ") > 1 else (*text.split(" "), "")
-        return ["", f":raises {error.rstrip('.,')}: {escaped(rest)}", ""]
+        _, error, rest = part.split(" ", 2)
+        return ["", f":raises {error}: {escaped(rest)}", ""]
     if kind == "returns":
-        return ["", f":returns: {escaped(text.partition(' ')[2])}", ""]
+        return ["", f":returns: {escaped(part.partition(' ')[2])}", ""]
     if kind == "point":
-        return ["", f"- {escaped(text[2:])}", ""]
+        return ["", f"- {escaped(part[2:])}", ""]
     if kind == "definition":
-        term = _term(text, names)
-        rest = text[len(term) :].removeprefix(":").strip()
-        return ["", f"``{term}``", f"    {escaped(rest)}", ""]
-    return ["", *map(escaped, part), ""]
+        term = _term(part, names)
+        return ["", f"``{term}``", f"    {escaped(part[len(term) :].removeprefix(':').strip(' ;'))}", ""]
+    return ["", escaped(part), ""]
 
 
-def _term(line: str, names: Collection[str]) -> str:
-    """What a definition defines: "name, other", "name(x)" or "name(x) -> y"; "" for a line that is none."""
-    head = re.match(r"[*\w]+(?:, [*\w]+)*", line)
+def _term(part: str, names: Collection[str]) -> str:
+    """What a definition defines: "name, other", "name(x)" or "name(x) -> y"; "" for what is no definition."""
+    head = re.match(r"[*\w]+(?:, [*\w]+)*", part)
     if head is None or not all(name.lstrip("*") in names for name in head[0].split(", ")):
         return ""
-    rest = line[head.end() :]
+    rest = part[head.end() :]
     if not rest.startswith(("(", ":", " [")):
         return ""
     depth, closed = 0, 0
     for at, character in enumerate(rest):
         depth += _BRACKETS.get(character, 0)
-        if not depth and character in ")]":
+        if not depth and character == ")":
             closed = closed or at + 1
-        if not depth and rest.startswith(": ", at) or not depth and rest[at:] == ":":
-            return line[: head.end() + at]
-    return line[: head.end() + closed] if rest.startswith("(") and closed else ""
+        if not depth and rest.startswith(": ", at):
+            return part[: head.end() + at]
+    return part[: head.end() + closed] if rest.startswith("(") and closed else ""
 
 
 def escaped(text: str) -> str:

@@ -46,7 +46,7 @@ python_maximum_signature_line_length = 88
 # Every reference to something of ours must be there; other projects' are not linked: that would need the network.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(jax|jnp|np|numpy|optax|flax|linen|nnx|collections|typing|pathlib|export|argparse|ocp)(\..*)?"),
+    ("py:.*", r"(jax|jnp|np|numpy|optax|flax|linen|nnx|collections|typing|pathlib|export|argparse|orbax|qwix)(\..*)?"),
     ("py:.*", r"(Any|Callable|Collection|Iterable|Iterator|Mapping|Sequence|Path|Literal|optional|TypeAlias)"),
 ]
 

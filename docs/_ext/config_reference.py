@@ -37,7 +37,9 @@ def _table(node: ast.ClassDef, comments: dict[int, str]) -> list[str]:
     for field, end in zip(fields, ends, strict=True):
         assert isinstance(field.target, ast.Name) and field.value is not None
         said = " ".join(comments[line] for line in range(field.lineno, end) if line in comments)
-        lines.append(f"| `{prefix}{field.target.id}` | `{_default(field.value)}` | {said.replace('|', chr(92) + '|')} |")
+        lines.append(
+            f"| `{prefix}{field.target.id}` | `{_default(field.value)}` | {said.replace('|', chr(92) + '|')} |"
+        )
     return lines
 
 

@@ -215,7 +215,9 @@ def parse_budgets(
     activation_bit_widths: Sequence[int],
     latency: Latency | None = None,
 ) -> list[Budget]:
-    """Budgets from texts such as "bitops=W3A4"; see design of each form in EXAMPLES.
+    """Budgets from texts such as "bitops=W3A4"; `costs.EXAMPLES` has one of each form.
+
+    latency: milliseconds of every layer and pair of bits, from `load_latency`; a latency budget needs it.
 
     W3A4 is what the same model costs with every searched layer at W3A4, fixed layers at theirs. Limits in numbers are
     rounded down to whole units. Raises Refusal for anything else, and for two limits on the same cost.

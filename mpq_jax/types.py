@@ -29,7 +29,7 @@ class Bits(NamedTuple):
     a: Any
 
 
-#: Layer path -> Bits. A pytree, so it can be stacked, mapped and traced.
+# Layer path -> Bits. A pytree, so it can be stacked, mapped and traced.
 Policy = Mapping[str, Bits]
 
 

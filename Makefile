@@ -1,4 +1,4 @@
-# make setup | demo | test.  PYTHON picks the interpreter that .venv is made with (3.11, 3.12 or 3.13).
+# make setup | demo | test | docs | notebook.  PYTHON picks the interpreter that .venv is made with (3.11, 3.12 or 3.13).
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
@@ -6,7 +6,7 @@ DEMO := runs/demo
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 1
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint docs notebook clean
 
 setup: .venv/ready
 
@@ -34,5 +34,14 @@ lint: setup
 test: lint .venv/litert
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The site, with the notebook run and its figures in it: docs/_build/index.html.
+docs: setup
+	MPQ_DOCS_RUN=1 $(BIN)/python -m sphinx -W --keep-going -n -d docs/_build/.doctrees docs docs/_build
+
+# The whole notebook as a user would run it; what came out is notebooks/_run/mpq_jax_colab.ipynb.
+notebook: setup
+	mkdir -p notebooks/_run
+	$(BIN)/python -m jupyter execute --timeout 900 --output _run/mpq_jax_colab.ipynb notebooks/mpq_jax_colab.ipynb
+
 clean:
-	rm -rf .venv .jax_cache runs
+	rm -rf .venv .jax_cache runs docs/_build docs/_generated notebooks/_run

@@ -222,7 +222,7 @@ def parse_budgets(
     activation_bit_widths: Sequence[int],
     latency: Latency | None = None,
 ) -> list[Budget]:
-    """Budgets from texts such as "bitops=W3A4"; EXAMPLES has the forms of each.
+    """Budgets from texts such as "bitops=W3A4"; `costs.EXAMPLES` has one of each form.
 
     Units: BitOps for one sample (bitops), bytes of packed kernels (size), ms (latency), bytes of one layer's input and
     output for one sample (memory), bits (wbits: the mean over weights; abits: over elements of the layers' inputs).

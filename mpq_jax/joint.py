@@ -31,7 +31,9 @@ class Distill(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """params: the parameter tree, the quantizer's leaves included. rows: per row [P, ...] copies of whatever each row keeps to
+    """What a step takes and gives back.
+
+    params: the parameter tree, the quantizer's leaves included. rows: per row [P, ...] copies of whatever each row keeps to
     itself: {"stats": the collections that training changes, "affine": flat parameters, {} unless asked for,
     "index": [P]}.
     optimizer: optax state. average: moving average of params, or None. step: int32 [].
@@ -115,9 +117,13 @@ def init_state(
     affine_per_row: bool = False,
     average: bool = False,
 ) -> TrainState:
-    """The state before the first step. rows: P.
+    """The state before the first step.
 
+    variables: calibrated ones, or the float model's for float training. rows: P, the rows that the step will run.
     affine_per_row: every row has its own scale and bias of each normalisation that keeps statistics.
+    average: keep a moving average of the parameters, too.
+
+    Raises Refusal for affine_per_row where no normalisation keeps statistics.
     """
     stats = {name: variables[name] for name in flax_seam.mutable_collections(variables)}
     affine = {}
@@ -140,7 +146,10 @@ def init_state(
 
 
 def row_variables(state: TrainState, row: int, averaged: bool = False) -> dict[str, Any]:
-    """The variables of one row, for evaluation or to start fine-tuning from."""
+    """The variables of one row, for evaluation or to start fine-tuning from.
+
+    row: from 0 on. averaged: take the moving average of the parameters, where there is one.
+    """
     params = state.average if averaged and state.average is not None else state.params
     one = jax.tree.map(lambda leaf: leaf[row], state.rows)
     return {"params": _with_affine(params, one["affine"]), **one["stats"]}
@@ -169,12 +178,14 @@ def joint_loss(
 ) -> tuple[jax.Array, tuple[jax.Array, Any, Any]]:
     """The sum of the rows' losses (LIMPQ algorithm 1), all rows under one `jax.vmap`.
 
+    params: the parameter tree, shared by all rows. rows: their own values [P, ...], as in `TrainState`.
+
     error_weight: lambda of a term  lambda * sum over layers of (mean (x_hat - x)^2 / mean x^2), of weights and of
     activations, that reaches the quantizer's leaves only. After a normalisation layer the task loss hardly depends on a
     step size that clips everything, and hardly at all at high bit-widths; this term tells the two directions apart.
     A quantizer's own penalty (PACT's on its clipping levels) is added for each row.
 
-    task_weight: of the rows' own losses in the sum.
+    task_weight: of the rows' own losses in the sum. rngs: streams of the model's call. distill: soft targets, see `Distill`.
     sliced: the batch's leaves are [P, B, ...]: each row sees samples of its own. Not with distillation in place, whose
         rows answer for the same samples.
     policies: a stack {path: Bits([P], [P])}, or None for the float model (the rows then differ in nothing).

@@ -372,7 +372,7 @@ def to_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_json(value: dict[str, Any]) -> Config:
+def from_json(value: Any) -> Config:
     """The config that `to_json` made; what it does not name is at its default.
 
     Raises ValueError, KeyError or TypeError for what is no such value.

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mpq_jax.numerics import integer_range, round_straight_through, sum_to, wide
+from mpq_jax.numerics import integer_range, narrow, round_straight_through, sum_to, wide
 from mpq_jax.quantizers.starts import check_start, same_spacing
 from mpq_jax.types import Decoding, Quantizer, TensorQuantizer
 
@@ -28,7 +28,7 @@ def fake_quant(
     kept for it.
     """
     v = wide(x) / step_size
-    return (jnp.round(jnp.clip(v, -q_n, q_p)) * step_size).astype(x.dtype)
+    return narrow(jnp.round(jnp.clip(v, -q_n, q_p)) * step_size, x.dtype)
 
 
 def _forward(x, step_size, q_n, q_p, g, delta):

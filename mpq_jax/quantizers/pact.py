@@ -7,7 +7,7 @@ Gradients", arXiv 1606.06160, 2016.
 import jax
 import jax.numpy as jnp
 
-from mpq_jax.numerics import decode, integer_range, round_straight_through, straight_through, wide
+from mpq_jax.numerics import decode, integer_range, narrow, round_straight_through, straight_through, wide
 from mpq_jax.quantizers.starts import best_clip, check_start, same_spacing
 from mpq_jax.types import Decoding, Quantizer, TensorQuantizer
 
@@ -71,7 +71,7 @@ def _init(start: str):
 def _fake_quant(x, values, bits, signed):
     a, n = values["clip"], _top(bits, signed)
     y = clip(wide(x), a, signed)
-    return straight_through(jnp.round(y * n / a) * (a / n), y).astype(x.dtype)
+    return narrow(straight_through(jnp.round(y * n / a) * (a / n), y), x.dtype)
 
 
 def _encode(x, values, bits, signed):
@@ -120,7 +120,7 @@ def dorefa_weights(rescale: bool = True) -> TensorQuantizer:
 
     def fake_quant(w, values, bits, signed):
         u, largest = normalised(w)
-        return decode(dorefa_codes(u, bits), decoding_of(largest, bits)).astype(w.dtype)
+        return narrow(decode(dorefa_codes(u, bits), decoding_of(largest, bits)), w.dtype)
 
     return TensorQuantizer(
         leaves=(),

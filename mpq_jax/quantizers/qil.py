@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mpq_jax.numerics import integer_range, round_straight_through, wide
+from mpq_jax.numerics import integer_range, narrow, round_straight_through, wide
 from mpq_jax.quantizers.starts import best_clip, check_start, same_spacing
 from mpq_jax.types import Decoding, Quantizer, TensorQuantizer
 
@@ -90,7 +90,7 @@ def _decoding(x, values, bits, signed, rescale):
 
 def _fake_quant(x, values, bits, signed, rescale):
     codes = _codes(x, values, bits, signed)
-    return (codes * _decoding(x, values, bits, signed, rescale).scale).astype(x.dtype)
+    return narrow(codes * _decoding(x, values, bits, signed, rescale).scale, x.dtype)
 
 
 def _encode(x, values, bits, signed):

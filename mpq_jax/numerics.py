@@ -36,6 +36,14 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def narrow(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x in `dtype`. In float16 what lies beyond its largest number becomes that number, not infinity: the top of a grid
+    may lie a little above the largest value that was quantized."""
+    if dtype == jnp.float16:
+        x = jnp.clip(x, jnp.finfo(dtype).min, jnp.finfo(dtype).max)
+    return x.astype(dtype)
+
+
 def integer_range(bits: jax.Array, signed: bool, narrow: bool = False) -> tuple[jax.Array, jax.Array]:
     """Q_N and Q_P, float32 [], such that codes lie in [-Q_N, Q_P] (Esser et al. 2020, section 2).
 

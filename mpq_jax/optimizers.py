@@ -10,6 +10,15 @@ import optax
 from mpq_jax.layers import leaf_paths
 from mpq_jax.types import QuantizedModel, Refusal
 
+# No update takes a step size out of these: beyond them x / s or its square leaves float32. Nobody's grid is near them.
+LEAST, MOST = 2.0**-40, 2.0**40
+
+
+def within(update: jax.Array, s: jax.Array) -> jax.Array:
+    """The update of s, cut where it would leave [LEAST, MOST]; an s that lies outside is moved no further out."""
+    low, high = jnp.minimum(s, LEAST), jnp.maximum(s, MOST)
+    return jnp.where(s + update < low, low - s, jnp.where(s + update > high, high - s, update))
+
 
 def log_space(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Runs `inner` on log s instead of s: the gradient is s ds, and an update u becomes s (exp(u) - 1).
@@ -23,7 +32,7 @@ def log_space(inner: optax.GradientTransformation) -> optax.GradientTransformati
     ) -> tuple[optax.Updates, optax.OptState]:
         in_log = jax.tree.map(jnp.multiply, updates, params)
         moved, state = inner.update(in_log, state, jax.tree.map(jnp.log, params))
-        return jax.tree.map(lambda u, s: s * jnp.expm1(u), moved, params), state
+        return jax.tree.map(lambda u, s: within(s * jnp.expm1(u), s), moved, params), state
 
     return optax.GradientTransformation(lambda params: inner.init(jax.tree.map(jnp.log, params)), update)
 
@@ -34,7 +43,7 @@ def keep_positive() -> optax.GradientTransformation:
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        return jax.tree.map(lambda u, s: jnp.maximum(u, -s / 2), updates, params), state
+        return jax.tree.map(lambda u, s: within(jnp.maximum(u, -s / 2), s), updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

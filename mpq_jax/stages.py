@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpq_jax import build, checkpoint, data, joint, logs, optimizers, stopping
+from mpq_jax import build, checkpoint, data, flax_seam, joint, logs, optimizers, stopping
 from mpq_jax.config import Config, Finetune, Joint, Pretrain
 from mpq_jax.criteria.learned import RowLog
 from mpq_jax.fewer_widths import filled_in, trained_on
@@ -156,6 +156,7 @@ def train(
                     bar.note(_summary(row_names, latest))
                     pending = []
                 if due:
+                    _check_parameters(state.params, i, stage, directory)
                     for each in recorders:
                         each.flush()
                     checkpoint.save(manager, i + 1, state)
@@ -169,6 +170,16 @@ def train(
 def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
     """`step`, compiled; its state is given back to it for reuse."""
     return jax.jit(step, donate_argnums=0)
+
+
+def _check_parameters(params: Any, step: int, stage: str, directory: Path) -> None:
+    """Refuses parameters that are not finite: a gradient can overflow where the loss does not."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all():
+            raise Refusal(
+                f"{jax.tree_util.keystr(path)} is not finite after step {step} of {stage}; the last good checkpoint is kept "
+                f"in {directory}; lower the learning rate, or look at the data, and start again"
+            )
 
 
 def _settle(pending, row_names, stage: str, directory: Path, recorders: list[logs.Recorder]) -> np.ndarray:
@@ -252,7 +263,15 @@ def calibrated(run: Run, variables: Mapping[str, Any]) -> Mapping[str, Any]:
     batch = next(_train_batches(run, max(run.config.joint.batch_size, 256), "calibrate")(0))
     task = run.task()
     calibrate = jax.jit(lambda v, x: run.model.calibrate(v, *x, **task.eval_kwargs))
-    return calibrate(variables, task.inputs(batch))
+    started = calibrate(variables, task.inputs(batch))
+    flat = flax_seam.flatten(started["params"])
+    for path in sorted(optimizers.quantizer_leaves(run.model, "leaves")):
+        if not (np.isfinite(flat[path]) & (np.asarray(flat[path]) > 0)).all():
+            raise Refusal(
+                f"{path} cannot be started: what it quantizes is not finite, or too large for its statistics; look at "
+                "the float training, at the data and at model.dtype"
+            )
+    return started
 
 
 def joint_optimizer(model: QuantizedModel, settings: Joint, steps: int) -> optax.GradientTransformation:

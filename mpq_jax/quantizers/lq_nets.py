@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpq_jax.numerics import decode, straight_through, wide
+from mpq_jax.numerics import decode, narrow, straight_through, wide
 from mpq_jax.quantizers.starts import best_clip, check_start, same_spacing, sampled
 from mpq_jax.types import Decoding, Quantizer, TensorQuantizer, Values
 
@@ -131,10 +131,10 @@ def _encode(x: jax.Array, values: Values, bits: jax.Array, signed: bool) -> jax.
 def _fake_quant(x: jax.Array, values: Values, bits: jax.Array, signed: bool, weight: bool) -> jax.Array:
     fixed, basis = jax.lax.stop_gradient((x, values["basis"]))
     table = _table(basis, bits, signed)
-    on_grid = decode(_encode(fixed, {"basis": basis}, bits, signed), Decoding(table=table)).astype(x.dtype)
+    on_grid = narrow(decode(_encode(fixed, {"basis": basis}, bits, signed), Decoding(table=table)), x.dtype)
     if weight:
         return straight_through(on_grid, x)
-    low, top = table.min(0).astype(x.dtype), table.max(0).astype(x.dtype)
+    low, top = narrow(table.min(0), x.dtype), narrow(table.max(0), x.dtype)
     smooth = jnp.where(x > top, top, x)
     return straight_through(on_grid, jnp.where(x < low, low, smooth) if signed else smooth)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mpq_jax.numerics import integer_range, round_straight_through, sum_to, wide
+from mpq_jax.numerics import integer_range, narrow, round_straight_through, sum_to, wide
 from mpq_jax.quantizers.starts import check_start, same_spacing
 from mpq_jax.types import Decoding, Quantizer, TensorQuantizer, Values
 
@@ -30,7 +30,7 @@ def fake_quant(
     kept for it.
     """
     v = wide(x) / step_size
-    return (jnp.round(jnp.clip(v, -q_n, q_p)) * step_size).astype(x.dtype)
+    return narrow(jnp.round(jnp.clip(v, -q_n, q_p)) * step_size, x.dtype)
 
 
 def _forward(

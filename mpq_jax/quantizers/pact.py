@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mpq_jax.numerics import decode, integer_range, round_straight_through, straight_through, wide
+from mpq_jax.numerics import decode, integer_range, narrow, round_straight_through, straight_through, wide
 from mpq_jax.quantizers.starts import best_clip, check_start, same_spacing
 from mpq_jax.types import Decoding, Init, Quantizer, TensorQuantizer, Values
 
@@ -76,7 +76,7 @@ def _init(start: str) -> Init:
 def _fake_quant(x: jax.Array, values: Values, bits: jax.Array, signed: bool) -> jax.Array:
     a, n = values["clip"], _top(bits, signed)
     y = clip(wide(x), a, signed)
-    return straight_through(jnp.round(y * n / a) * (a / n), y).astype(x.dtype)
+    return narrow(straight_through(jnp.round(y * n / a) * (a / n), y), x.dtype)
 
 
 def _encode(x: jax.Array, values: Values, bits: jax.Array, signed: bool) -> jax.Array:
@@ -125,7 +125,7 @@ def dorefa_weights(rescale: bool = True) -> TensorQuantizer:
 
     def fake_quant(w: jax.Array, values: Values, bits: jax.Array, signed: bool) -> jax.Array:
         u, largest = normalised(w)
-        return decode(dorefa_codes(u, bits), decoding_of(largest, bits)).astype(w.dtype)
+        return narrow(decode(dorefa_codes(u, bits), decoding_of(largest, bits)), w.dtype)
 
     return TensorQuantizer(
         leaves=(),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mpq_jax.numerics import integer_range, round_straight_through, wide
+from mpq_jax.numerics import integer_range, narrow, round_straight_through, wide
 from mpq_jax.quantizers.starts import best_clip, check_start, same_spacing
 from mpq_jax.types import Decoding, Quantizer, TensorQuantizer, Values
 
@@ -100,7 +100,7 @@ def _decoding(x: jax.Array, values: Values, bits: jax.Array, signed: bool, resca
 
 def _fake_quant(x: jax.Array, values: Values, bits: jax.Array, signed: bool, rescale: bool) -> jax.Array:
     codes = _codes(x, values, bits, signed)
-    return (codes * _decoding(x, values, bits, signed, rescale).scale).astype(x.dtype)
+    return narrow(codes * _decoding(x, values, bits, signed, rescale).scale, x.dtype)
 
 
 def _encode(x: jax.Array, values: Values, bits: jax.Array, signed: bool) -> jax.Array:

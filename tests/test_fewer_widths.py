@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from made_models import Dense
-from mpq_jax.quantize import quantize
 
 from mpq_jax import Refusal, flax_seam, joint
 from mpq_jax.criteria.learned import learned
 from mpq_jax.fewer_widths import filled_in, trained_on
+from mpq_jax.quantized_model import quantize
 from mpq_jax.quantizers import lq_nets, lsq
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)

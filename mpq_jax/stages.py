@@ -115,7 +115,9 @@ def train(
     config = run.config
     directory = run.workdir / stage
     key = jax.random.fold_in(jax.random.key(config.seed), sum(map(ord, stage)))
-    state = jax.tree.map(jnp.copy, state)  # the step consumes its state; the caller's arrays stay
+    # The step consumes its state; the caller's arrays stay. All on one device by name, as a step's results are that has
+    # seen one array of a checkpoint: else the second step would be compiled again.
+    state = jax.device_put(jax.tree.map(jnp.copy, state), jax.devices()[0])
     whole_step = latest_whole(directory)[0]
     if whole_step is not None and whole_step >= steps:
         if recorder:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import made_models
 import numpy as np
 import own_models
 import pytest
@@ -344,15 +345,17 @@ def _refused(arguments, tmp_path, capsys, words):
 # ---- where a command is started ------------------------------------------------------------------------------------
 
 
+def block(title):
+    """The Python on docs/own_model.md that begins with this comment."""
+    page = (ROOT / "docs" / "own_model.md").read_text()
+    return next(code for code in re.findall(r"```python\n(.*?)```", page, re.S) if code.startswith(f"# {title}\n"))
+
+
 def test_an_installed_command_finds_modules_in_the_working_directory(tmp_path):
-    """With -P Python puts no folder on the path, as for a command that pip installed."""
-    (tmp_path / "mine.py").write_text(
-        "import numpy as np\nfrom flax import linen as nn\n\n"
-        "def model(num_classes):\n    return nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(num_classes)])\n\n"
-        "def batches():\n    return {s: {'image': np.zeros((6, 4)), 'label': np.arange(6)} for s in ('train', 'test')}\n"
-    )
+    """The page's own module; with -P Python puts no folder on the path, as for a command that pip installed."""
+    (tmp_path / "mine.py").write_text(block("mine.py"))
     code = "import sys; from mpq_jax.commands.search import main; sys.exit(main(sys.argv[1:]))"
-    asked = ["--model", "mine:model", "--data", "mine:batches", "--describe", "--json"]
+    asked = ["--model", "mine:model", "--data", "mine:data", "--describe", "--json"]
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, *asked],
         cwd=tmp_path,
@@ -361,4 +364,22 @@ def test_an_installed_command_finds_modules_in_the_working_directory(tmp_path):
         text=True,
     )
     layers = {layer["path"]: layer for layer in json.loads(done.stdout)["layers"]}
-    assert {path: layer["macs"] for path, layer in layers.items()} == {"layers_0": 20, "layers_2": 30}, done.stderr
+    macs = {path: layer["macs"] for path, layer in layers.items()}
+    assert macs == {"Conv_0": 64 * 9 * 16, "Conv_1": 64 * 9 * 16 * 16, "Dense_0": 16 * 5}, done.stderr
+
+
+def test_the_page_s_lines_without_our_scripts():
+    """What they leave behind: learned step sizes, a proven policy within the budget, logits under it."""
+    rng = np.random.default_rng(0)
+    images, net = rng.normal(size=(8, 4, 4, 1)).astype(np.float32), made_models.dense(3, (6, 5, 4))
+    batches = [{"image": images, "label": np.arange(8, dtype=np.int32) % 3}] * 3
+    given = {"net": net, "trained": net.init(jax.random.key(0), images), "images": images, "batches": batches}
+    exec(compile(block("without our scripts"), "own_model.md", "exec"), given)
+    solution, model = given["solution"], given["model"]
+    assert solution.status == "optimal" and given["logits"].shape == (8, 3) and np.isfinite(given["logits"]).all()
+    macs = {layer.path: layer.macs for layer in model.layers}
+    limit = sum(n * (64 if path in ("dense0", "head") else 12) for path, n in macs.items())
+    assert sum(macs[path] * bits.w * bits.a for path, bits in solution.policy.items()) <= limit
+    before, after = (tree["params"]["dense1"] for tree in (given["variables"], {"params": given["state"].params}))
+    np.testing.assert_array_equal(before["kernel"], after["kernel"])
+    assert (before["weight_step_size"] != after["weight_step_size"]).all()

@@ -14,12 +14,12 @@ import own_models
 import pytest
 import safetensors.numpy
 from flax import nnx, serialization, traverse_util
-from mpq_jax.data.own import open_own
 
 import search
 import train
 from mpq_jax import FloatModel, Refusal, by_example, data, joint, stages, weights
 from mpq_jax import config as config_lib
+from mpq_jax.data.own import open_own
 from mpq_jax.float_model import call_flags
 from mpq_jax.importance import load_importance
 

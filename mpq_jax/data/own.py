@@ -1,0 +1,206 @@
+"""A user's own data: arrays, or examples read by number, for each split. Shuffling, batches and padding are ours.
+
+So every batch is a function of (data, batch size, seed, step) alone, and a resumed run goes on exactly where it was.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpq_jax.data.augment import generator, shuffled
+from mpq_jax.data.opening import SPLITS, Split, cut_validation
+from mpq_jax.factories import told
+from mpq_jax.types import Refusal
+
+Batch = dict[str, np.ndarray]
+WANTED = '{"train": {"image": array [N, …], "label": array [N]}, "test": {…}}'
+_EXTRA = ("augment", "num_classes")
+
+
+class OwnData(NamedTuple):
+    """A user's data, opened.
+
+    features: array name -> (shape, dtype) of one example, as batches have it. num_classes: of "label"; None: not known.
+    augment(batch, rng) -> batch: changes a training batch, or None.
+    sizes, splits: as in `opening.Dataset`.
+    """
+
+    name: str
+    num_classes: int | None
+    features: Mapping[str, tuple[tuple[int, ...], Any]]
+    sizes: dict[str, int]
+    augment: Callable[[Batch, np.random.Generator], Batch] | None
+    splits: Mapping[str, Split]
+
+
+def open_own(
+    name: str, found: Any, *, validation_fraction: float = 0.1, seed: int = 0, augment: bool = True
+) -> OwnData:
+    """OwnData of what a user's function returned.
+
+    found: {"train": split, "test": split} and, if there is one, "validation": split; else it is cut from train. A split
+    is a dict of arrays of equal length, or a sequence (len and []) of dicts, one an example. Beside them may stand
+    "augment", a function (batch, numpy Generator) -> batch for training, and "num_classes".
+    Raises Refusal, naming what was found, for anything else.
+    """
+    where = f"--data {name}"
+    if not isinstance(found, Mapping):
+        raise Refusal(f"{where} returned {type(found).__name__}; return {WANTED}")
+    if unknown := [key for key in found if key not in (*SPLITS, *_EXTRA)]:
+        raise Refusal(f"{where} returned a split {unknown[0]!r}; there are {', '.join((*SPLITS, *_EXTRA))}")
+    if missing := [split for split in ("train", "test") if split not in found]:
+        raise Refusal(f"{where} returned no {missing[0]!r}; return {WANTED}")
+    changes = found.get("augment")
+    if changes is not None and not callable(changes):
+        raise Refusal(f"{where}: augment is {type(changes).__name__}; give a function (batch, rng) -> batch")
+    given = {split: _checked(where, split, found[split]) for split in SPLITS if split in found}
+    features = {split: _features(where, split, examples) for split, examples in given.items()}
+    for split, mine in features.items():
+        if mine != features["train"]:
+            raise Refusal(
+                f"{where}: {split} has {_shown(mine)}, train has {_shown(features['train'])}; give both alike"
+            )
+    train = given["train"]
+    labels = train.get("label") if isinstance(train, Mapping) else None
+    labels = labels if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" else None
+    splits = {split: Split(examples, np.arange(count_of(examples))) for split, examples in given.items()}
+    if "validation" not in splits:
+        numbers = cut_validation(name, count_of(train), validation_fraction, seed, labels)
+        splits |= {split: Split(train, each) for split, each in zip(("train", "validation"), numbers, strict=True)}
+    return OwnData(
+        name=name,
+        num_classes=_classes(where, found, given) if "label" in features["train"] else None,
+        features=features["train"],
+        sizes={split: len(splits[split].numbers) for split in SPLITS},
+        augment=changes if augment else None,
+        splits=splits,
+    )
+
+
+def count_of(examples: Any) -> int:
+    return len(next(iter(examples.values()))) if isinstance(examples, Mapping) else len(examples)
+
+
+# ---- what was given ------------------------------------------------------------------------------------------------
+
+
+def _checked(where: str, split: str, examples: Any) -> Any:
+    """Arrays of equal lengths, or the sequence as it is."""
+    if isinstance(examples, Mapping):
+        arrays = {
+            str(key): value if isinstance(value, np.ndarray) else np.asarray(value) for key, value in examples.items()
+        }
+        if not arrays:
+            raise Refusal(f"{where}: {split} is empty; return {WANTED}")
+        if scalar := [key for key, value in arrays.items() if not value.ndim]:
+            raise Refusal(
+                f"{where}: {split}[{scalar[0]!r}] is one number; give an array whose first axis is the examples"
+            )
+        lengths = {key: len(value) for key, value in arrays.items()}
+        if len(set(lengths.values())) > 1:
+            shown = ", ".join(f"{key} {n}" for key, n in lengths.items())
+            raise Refusal(f"{where}: the arrays of {split} have different lengths ({shown}); give one example an entry")
+    elif hasattr(examples, "__len__") and hasattr(examples, "__getitem__") and not isinstance(examples, (str, bytes)):
+        if isinstance(examples, (tuple, np.ndarray)) or (len(examples) and not isinstance(examples[0], Mapping)):
+            what = (
+                type(examples).__name__ if isinstance(examples, np.ndarray) else f"{type(examples).__name__} of others"
+            )
+            raise Refusal(f"{where}: {split} is {what}; give a dict of named arrays, or a sequence of dicts: {WANTED}")
+        arrays = examples
+    else:
+        raise Refusal(
+            f"{where}: {split} is {type(examples).__name__}, which has no examples by number (len and []); give a dict of "
+            "arrays, or a sequence of dicts"
+        )
+    if not count_of(arrays):
+        raise Refusal(f"{where}: {split} has no examples")
+    return arrays
+
+
+def _features(where: str, split: str, examples: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of one example's arrays, as batches have them."""
+    first = {k: v[0] for k, v in examples.items()} if isinstance(examples, Mapping) else examples[0]
+    result = {}
+    for key, value in first.items():
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+            raise Refusal(f"{where}: {split}[{key!r}] has entries of type {array.dtype}; give numbers")
+        result[str(key)] = (array.shape, _batch_type(key, array.dtype))
+    return result
+
+
+def _batch_type(key: str, dtype: Any) -> Any:
+    """JAX's types, which have no 64 bits; labels are int32, so that -1 can mark padding."""
+    if dtype.name in ("int64", "uint64") or (key == "label" and dtype.kind in "iu"):
+        return np.dtype(np.int32)
+    return np.dtype(np.float32) if dtype.name == "float64" else dtype
+
+
+def _classes(where: str, found: Mapping[str, Any], given: Mapping[str, Any]) -> int | None:
+    if "num_classes" in found:
+        return int(found["num_classes"])
+    if not all(isinstance(examples, Mapping) for examples in given.values()):
+        return None
+    labels = [examples["label"] for examples in given.values()]
+    if labels[0].dtype.kind not in "iu" or labels[0].ndim > 1:
+        return None
+    low = min(int(each.min()) for each in labels)
+    if low < 0:
+        raise Refusal(f'{where}: a "label" is {low}; number classes from 0')
+    return 1 + max(int(each.max()) for each in labels)
+
+
+def _shown(features: Mapping[str, tuple[tuple[int, ...], Any]]) -> str:
+    return ", ".join(f"{key} {np.dtype(dtype).name}{list(shape)}" for key, (shape, dtype) in features.items())
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
+
+
+def training_batch(
+    dataset: OwnData, split: Split, seed: int, batch_size: int, process_index: int, process_count: int, step: int
+) -> Batch:
+    """Batch number `step` of this process; as `batches.train_batches` says."""
+    positions = np.arange(step * batch_size + process_index, (step + 1) * batch_size, process_count)
+    batch = _gathered(dataset, split, split.numbers[shuffled(seed, positions, len(split.numbers))])
+    if dataset.augment is None:
+        return batch
+    try:
+        changed = dataset.augment(batch, generator(seed, step * process_count + process_index))
+    except Exception as error:
+        raise Refusal(f"augment of --data {dataset.name} failed: {told(error)}") from None
+    mine = {key: (np.shape(value)[1:], _batch_type(key, np.asarray(value).dtype)) for key, value in changed.items()}
+    if mine != dict(dataset.features) or any(len(v) != len(positions) for v in changed.values()):
+        raise Refusal(
+            f"augment of --data {dataset.name} made {_shown(mine)} of {_shown(dataset.features)}; keep them alike"
+        )
+    return {key: np.asarray(value, dataset.features[key][1]) for key, value in changed.items()}
+
+
+def eval_batch(dataset: OwnData, split: Split, rows: np.ndarray) -> Batch:
+    """Examples by number, -1 for padding: zeros, a label of -1, and "valid" False."""
+    batch, valid = _gathered(dataset, split, np.maximum(rows, 0)), rows >= 0
+    for key, value in batch.items():
+        value[~valid] = -1 if key == "label" and value.dtype.kind == "i" else 0
+    return {**batch, "valid": valid}
+
+
+def _gathered(dataset: OwnData, split: Split, numbers: np.ndarray) -> Batch:
+    examples: Any = split.records
+    if isinstance(examples, Mapping):
+        return {key: np.array(examples[key][numbers], dtype) for key, (_, dtype) in dataset.features.items()}
+    try:
+        each: Sequence[Mapping[str, Any]] = [examples[int(number)] for number in numbers]
+    except Exception as error:
+        raise Refusal(f"an example of --data {dataset.name} cannot be read: {told(error)}") from None
+    for number, example in zip(numbers, each, strict=True):
+        mine = {
+            str(key): (np.shape(value), _batch_type(key, np.asarray(value).dtype)) for key, value in example.items()
+        }
+        if mine != dict(dataset.features):
+            raise Refusal(
+                f"--data {dataset.name}: example {number} has {_shown(mine)}, the first has {_shown(dataset.features)}; "
+                "all examples must be alike"
+            )
+    return {key: np.stack([np.asarray(e[key], dtype) for e in each]) for key, (_, dtype) in dataset.features.items()}

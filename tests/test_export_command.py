@@ -13,6 +13,7 @@ from mpq_jax.export.__main__ import main
 from mpq_jax.pipeline import finetuned
 from mpq_jax.workdir import load_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = """
 from mpq_jax.config import *
 config = Config(

@@ -1,7 +1,6 @@
 """Sampled policies: their divergence against NumPy, where they are drawn, and that the table predicts fresh ones."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from criteria_nets import TASK, WIDTHS, Net, batches, calibrated, start

@@ -14,6 +14,7 @@ from mpq_jax.search.journal import Ended, Journal, Measured
 from mpq_jax.search.methods import Autoq
 from mpq_jax.search.problem import build
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTHS = (2, 3, 4, 5, 6)
 CHANNELS = (8, 6)
 QUICK = Autoq(hidden=64, actor_learning_rate=3e-4, critic_learning_rate=3e-3, channel_updates=50)

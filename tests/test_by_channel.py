@@ -16,6 +16,7 @@ from mpq_jax.quantized_model import learned_leaves, quantize
 from mpq_jax.quantizers import lsq
 from mpq_jax.report.tables import bits_text
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTHS = (2, 3, 4, 6)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 6, 2)), jnp.float32)
 BATCH = {"image": IMAGES, "label": jnp.asarray([0, 1, 2, 0], jnp.int32)}
@@ -34,8 +35,12 @@ class Net(nn.Module):
 
 def calibrated_net(per_channel):
     quantized = quantize(Net(), IMAGES, bit_widths=WIDTHS, quantizer=lsq(per_channel=per_channel))
-    variables = Net().init(jax.random.key(0, impl="rbg"), IMAGES)
-    return quantized, quantized.calibrate(variables, IMAGES)
+    variables = jax.jit(Net().init)(jax.random.key(0, impl="rbg"), IMAGES)
+    return quantized, jax.jit(quantized.calibrate)(variables, IMAGES)
+
+
+def applied(quantized, variables, chosen, x=IMAGES):
+    return jax.jit(lambda variables: quantized.apply(variables, chosen, x))(variables)
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +100,11 @@ def test_apply_equals_channels_one_by_one(net, per_channel):
         return ops.contract(call.primitive, call.params, "plain")(*operands), None
 
     values = learned_leaves(quantized.specs, quantized.quantizer, variables)
-    expected, _, _ = quantized.walk(variables, values, product_of_ready_kernels, (IMAGES,), {})
-    np.testing.assert_allclose(quantized.apply(variables, chosen, IMAGES), expected, rtol=1e-4, atol=1e-5)
+    run = jax.jit(lambda variables: quantized.walk(variables, values, product_of_ready_kernels, (IMAGES,), {})[0])
+    expected = run(variables)
+    np.testing.assert_allclose(applied(quantized, variables, chosen), expected, rtol=1e-4, atol=1e-5)
     coarser = chosen | {"conv": Bits((2,) * 6, chosen["conv"].a)}
-    assert float(jnp.abs(quantized.apply(variables, coarser, IMAGES) - expected).max()) > 1e-3
+    assert float(jnp.abs(applied(quantized, variables, coarser) - expected).max()) > 1e-3
 
 
 def test_all_channels_alike_are_the_layer(net):
@@ -147,7 +153,7 @@ def test_one_compilation_rows_and_finetuning(net):
         together, _, _ = evaluate(variables["params"], state.rows["stats"], policy.stack([first, second]), BATCH)
     assert traces == ["step", "evaluate"]
     for row, chosen in ((0, first), (1, second)):
-        logits = quantized.apply(variables, chosen, IMAGES)
+        logits = applied(quantized, variables, chosen)
         np.testing.assert_allclose(together[row] / 4, task.loss(logits, BATCH), rtol=1e-4)
     losses = []
     for _ in range(8):
@@ -173,9 +179,9 @@ def test_a_stack_of_layers():
             return scan(name="body")(x, None)[0]
 
     x = jnp.asarray(np.random.default_rng(3).normal(size=(4, 8)), jnp.float32)
-    variables = Layers().init(jax.random.key(0, impl="rbg"), x)
+    variables = jax.jit(Layers().init)(jax.random.key(0, impl="rbg"), x)
     quantized = quantize(Layers(), x, ends=None, bit_widths=WIDTHS, rules=[(r"\[1\]", "float")])
-    calibrated = quantized.calibrate(variables, x)
+    calibrated = jax.jit(quantized.calibrate)(variables, x)
     rng = np.random.default_rng(0)
     lists = {f"body/dense[{i}]": Bits(tuple(rng.choice(WIDTHS, 8).tolist()), 4) for i in (0, 2)}
     mixed = lists | {"body/dense[2]": Bits(3, 4)}
@@ -195,10 +201,10 @@ def test_a_stack_of_layers():
     def apply(params):
         return quantized.apply({"params": params}, mixed, x)
 
-    np.testing.assert_allclose(apply(calibrated["params"]), out, rtol=1e-3, atol=1e-3)
-    grads = jax.grad(lambda params: jnp.square(apply(params)).sum())(calibrated["params"])
+    np.testing.assert_allclose(jax.jit(apply)(calibrated["params"]), out, rtol=1e-3, atol=1e-3)
+    grads = jax.jit(jax.grad(lambda params: jnp.square(apply(params)).sum()))(calibrated["params"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-    assert np.isfinite(quantized.apply(calibrated, lists, x)).all()
+    assert np.isfinite(applied(quantized, calibrated, lists, x)).all()
 
 
 @pytest.mark.parametrize("bits", [Bits((2, 3, 4), 4), Bits((2, 3, 4, 6, 2, 9), 4)])
@@ -210,7 +216,7 @@ def test_applying_refuses_or_shows(net, bits):
         with pytest.raises(Refusal, match=r"'conv' has 6 output channels.*one number a channel"):
             quantized.apply(variables, chosen, IMAGES)
     else:
-        assert np.isnan(quantized.apply(variables, chosen, IMAGES)).all()
+        assert np.isnan(applied(quantized, variables, chosen)).all()
 
 
 # ---- costs and files ----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from mpq_jax.config import Config, Criteria, Quantize, from_json, to_json
 from mpq_jax.criteria import CRITERIA, compute, files
 from mpq_jax.importance import load_importance
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = """
 from mpq_jax.config import *
 config = Config(

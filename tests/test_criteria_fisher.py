@@ -33,6 +33,7 @@ from mpq_jax.criteria.one_at_a_time import one_at_a_time
 from mpq_jax.criteria.output_fisher import output_fisher
 from mpq_jax.quantized_model import quantize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 DATA = batches()
 IMAGE, LABEL = (np.concatenate([batch[key] for batch in DATA]) for key in ("image", "label"))
 OWN = {"conv": (2, 4), "shortcut": (2, 3, 4)}

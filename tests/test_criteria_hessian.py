@@ -23,6 +23,7 @@ from mpq_jax import Refusal
 from mpq_jax.criteria import hawq, hawq_v2, hessian, sites
 from mpq_jax.quantized_model import quantize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 DATA = batches()
 RNG = np.random.default_rng(3)
 DENSE = RNG.normal(size=(30, 30))

@@ -1,7 +1,6 @@
 """Sampled policies: their divergence against NumPy, where they are drawn, and that the table predicts fresh ones."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from criteria_nets import TASK, WIDTHS, Net, batches, calibrated, start
@@ -25,6 +24,7 @@ class Normed(nn.Module):
         return nn.Dense(3, name="head")(x)
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 NORMED = joint.classification(train_kwargs={"train": True}, eval_kwargs={"train": False})
 
 
@@ -63,8 +63,9 @@ def test_divergences_without_statistics(net):
     policies = random_ones(model, 5)  # not a multiple of what is measured at once
     found = sampled.divergences(model, TASK, variables, variables, policies, given)
     images = np.concatenate([batch["image"] for batch in given])
-    teacher = model.apply(variables, None, images)
-    wanted = [kl(teacher, model.apply(variables, each, images)) for each in policies]
+    teacher = jax.jit(lambda v: model.apply(v, None, images))(variables)
+    run = jax.jit(lambda policy: model.apply(variables, policy, images))
+    wanted = [kl(teacher, run(each)) for each in policies]
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-7)
     assert min(wanted) > 0
 
@@ -73,19 +74,19 @@ def test_divergences_with_a_batch_s_own_statistics():
     given = batches(shape=(5,), sizes=(128,) * 4)
     x = given[0]["image"]
     model = quantize(Normed(), x, bit_widths=WIDTHS, train=False)
-    variables = Normed().init(jax.random.key(0), x, train=False)
-    variables = model.calibrate(variables, x, train=False)
+    variables = jax.jit(lambda x: Normed().init(jax.random.key(0), x, train=False))(x)
+    variables = jax.jit(lambda v: model.calibrate(v, x, train=False))(variables)
     moved = {**variables, "batch_stats": jax.tree.map(lambda s: s + 1.0, variables["batch_stats"])}
     policies = random_ones(model, 3)
     found = sampled.divergences(model, NORMED, moved, moved, policies, given)
+    floats = jax.jit(lambda images: model.apply(moved, None, images, train=False))
+    run = jax.jit(lambda each, images: model.apply(moved, each, images, mutable=["batch_stats"], train=True)[0])
     wanted = []
     for each in policies:
         halves = []
         for first in (0, 2):  # 256 samples share their statistics
-            images = jnp.concatenate([given[first]["image"], given[first + 1]["image"]])
-            teacher = model.apply(moved, None, images, train=False)
-            mine, _ = model.apply(moved, each, images, mutable=["batch_stats"], train=True)
-            halves.append(kl(teacher, mine))
+            images = np.concatenate([given[first]["image"], given[first + 1]["image"]])
+            halves.append(kl(floats(images), run(each, images)))
         wanted.append(np.mean(halves))
     np.testing.assert_allclose(found, wanted, rtol=1e-3)
 

@@ -13,6 +13,7 @@ from mpq_jax.export.__main__ import main
 from mpq_jax.pipeline import finetuned
 from mpq_jax.workdir import load_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = """
 from mpq_jax.config import *
 config = Config(
@@ -61,7 +62,9 @@ def test_writes_what_the_search_promised_and_checks_it(run, capsys):
 
 def test_evaluate_gives_the_accuracy_of_the_report(run, written, capsys):
     """The file alone, run with integers, is as good as the fine-tuned model was on the same test set."""
-    assert main(["--evaluate", str(written / "model.safetensors"), "--check", "all"]) == 0
+    command = ["--evaluate", str(written / "model.safetensors"), "--check", "all"]
+    assert main(command) == 2 and "whose code would be run" in capsys.readouterr().err
+    assert main([*command, "--model.name", "made_models:dense"]) == 0
     accuracy = float(re.search(r"test accuracy ([\d.]+)%", capsys.readouterr().out)[1]) / 100
     rows = {row["name"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
     assert abs(accuracy - rows["mixed"]["accuracy"]) <= 1 / 355 + 1e-4

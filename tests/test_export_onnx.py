@@ -216,9 +216,12 @@ def of_channels(model):
     return {layer.path: layer.bits or Bits(w, w[0]) for layer, w in zip(model.layers, widths, strict=True)}
 
 
-@pytest.mark.parametrize("quantizer, by_channel", [("channels", True), ("pact", False), ("pact", True), ("qil", False)])
-def test_quantizers(quantizer, by_channel):
-    model, variables, policy, x, kwargs = export_nets.case("net", quantizer)
+@pytest.mark.parametrize(
+    "net, quantizer, by_channel",
+    [("net", "channels", True), ("nnx", "pact", False), ("net", "pact", True), ("nnx", "qil", False)],
+)
+def test_quantizers(net, quantizer, by_channel):
+    model, variables, policy, x, kwargs = export_nets.case(net, quantizer)
     policy, variables = of_channels(model) if by_channel else policy, narrowed(variables)
     expected = np.asarray(jax.jit(lambda x: model.apply(variables, policy, x, **kwargs))(x))
     proto = export.standard(model, variables, policy, x.shape[1:], **kwargs)

@@ -16,6 +16,7 @@ from mpq_jax.search.journal import Journal
 from mpq_jax.search.methods import Edmips, Gumbel
 from mpq_jax.search.problem import build
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 RULES = ("layer2=2,2|4,4", "layer3=w3+")
 
 

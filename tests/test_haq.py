@@ -19,6 +19,7 @@ from mpq_jax.search.journal import Ended, Journal
 from mpq_jax.search.methods import Haq
 from mpq_jax.search.problem import build
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 QUICK = Haq(hidden=64, actor_learning_rate=1e-3, critic_learning_rate=3e-3, batch_size=32)
 
 

@@ -23,6 +23,7 @@ from mpq_jax.quantizers import lsq, pact, qil
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("litert_converter", "ai_edge_litert"))
 needs_litert = pytest.mark.skipif(not INSTALLED, reason="litert-converter and ai-edge-litert are not installed")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTHS = (2, 3, 4, 6)
 
 

@@ -18,6 +18,7 @@ from flax import nnx
 from mpq_jax import models
 from mpq_jax.models.resnet import BottleneckBlock, ResNet
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONVOLUTIONAL = ("resnet8", "resnet20", "resnet18", "resnet34", "resnet50", "mobilenetv1")
 LINEN = (*CONVOLUTIONAL, "vit")
 

@@ -154,9 +154,11 @@ def test_other_files_and_other_models_are_refused(file, tmp_path):
     other = case("nnx")
     with pytest.raises(Refusal, match="another model"):
         packed.restore(packed.load(file), other.model, shapes_of(other))
+    network = graph(other.model, other.variables, other.policy, other.images, **other.kwargs)
+    packed.save(tmp_path / "lsq.safetensors", network, "lsq", other.variables, {})
     found = case("nnx", "pact")
     with pytest.raises(Refusal, match="quantized with lsq"):
-        packed.restore(packed.load(file), found.model, shapes_of(found))
+        packed.restore(packed.load(tmp_path / "lsq.safetensors"), found.model, shapes_of(found))
 
 
 def test_nothing_is_left_where_the_header_is_too_large(tmp_path, monkeypatch):

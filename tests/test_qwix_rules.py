@@ -12,6 +12,7 @@ from mpq_jax import Bits, Refusal, flax_seam, models, policy
 from mpq_jax.export.qwix_rules import device_widths, qwix_model, qwix_rules
 from mpq_jax.quantized_model import quantize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTHS = (2, 4, 8)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 1)), jnp.float32)
 

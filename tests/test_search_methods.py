@@ -17,6 +17,7 @@ from mpq_jax.policy import load_policy, stack
 from mpq_jax.search import gumbel, measure, methods, run
 from mpq_jax.workdir import load_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = """
 from mpq_jax.config import *
 config = Config(
@@ -24,7 +25,7 @@ config = Config(
     model=Model(name="cnn_nnx", options={{"width": 0.25}}),
     quantize=Quantize(bit_widths=(2, 4)),
     pretrain=Pretrain(steps=20, batch_size=32, warmup_steps=2),
-    joint=Joint(steps=2, batch_size=16),
+    joint=Joint(steps=2, batch_size=16, random_rows=1),
     finetune=Finetune(steps=2, batch_size=16, compare=False),
     eval_batch_size=144,
     statistics_batches=1,

@@ -10,6 +10,7 @@ import pytest
 
 from mpq_jax import models
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 VIT = {"patch_size": 2, "dim": 12, "depth": 2, "heads": 3}
 
 

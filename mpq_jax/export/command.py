@@ -185,9 +185,11 @@ def check(path: Path, run: stages.Run, variables: Any, policy: Any, limit: int |
     structure = _outputs(run)
     answer = logits_of(jax.tree.unflatten(structure, range(structure.num_leaves)))
 
+    @functools.cache
     def from_file(count: int) -> Graph:
         return packed.network(file, run.model, shapes, *run.example(count), **kwargs)
 
+    @functools.cache
     def from_model(count: int) -> Graph:
         made = graph(run.model, variables, policy, *run.example(count), **kwargs)
         return fold(made) if any(entry.get("folded") for entry in file.layers.values()) else made
@@ -195,10 +197,9 @@ def check(path: Path, run: stages.Run, variables: Any, policy: Any, limit: int |
     for found in replay.inexact(from_file(1)):
         print(f"note: sums of {found.path} may reach {found.largest:,}: above 2^24 float32 rounds, integers do not")
     integers = replay.runner(from_file, replay.integer, answer)
-    exact = replay.compare(integers, replay.runner(from_model, replay.exact, answer), _images(run, limit))
+    others = [replay.runner(from_model, how, answer) for how in (replay.exact, replay.fake_quantized)]
+    exact, ordinary = replay.compare(integers, others, _images(run, limit))
     print(f"integers against exact=True: {_text(exact)}")
-    fake = replay.runner(from_model, replay.fake_quantized, answer)
-    ordinary = replay.compare(integers, fake, _images(run, limit))
     print(f"integers against fake-quantized: {_text(ordinary)}")
     for layer, (differ, count) in ordinary.codes.items():
         if differ:

@@ -5,7 +5,7 @@ what surrounds a product differently in each, and a last digit can carry a value
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -187,19 +187,37 @@ def runner(make: Callable[[int], Graph], arithmetic: Arithmetic, answer: int = 0
     return one
 
 
-def compare(one: Runner, other: Runner, batches: Iterable[tuple[np.ndarray, np.ndarray | None]]) -> Differences:
-    """Runs both over batches (images [B, ...], labels [B] or None)."""
-    codes: dict[str, tuple[int, int]] = {}
-    flips, images, largest, right, labelled = 0, 0, 0.0, np.zeros(2, int), True
-    for x, labels in batches:
-        (a, a_codes), (b, b_codes) = one(x), other(x)
-        for (path, mine), (_, theirs) in zip(a_codes, b_codes, strict=True):
-            differ, count = codes.get(path, (0, 0))
-            codes[path] = (differ + int((mine != theirs).sum()), count + mine.size)
+class _Tally:
+    """Differences of two runs, batch by batch."""
+
+    def __init__(self) -> None:
+        self.codes: dict[str, tuple[int, int]] = {}
+        self.flips, self.answers, self.largest, self.right, self.labelled = 0, 0, 0.0, np.zeros(2, int), True
+
+    def add(self, ours: Any, theirs: Any, labels: np.ndarray | None) -> None:
+        (a, a_codes), (b, b_codes) = ours, theirs
+        for (path, mine), (_, others) in zip(a_codes, b_codes, strict=True):
+            differ, count = self.codes.get(path, (0, 0))
+            self.codes[path] = (differ + int((mine != others).sum()), count + mine.size)
         top = [each.argmax(-1) for each in (a, b)]
-        flips, images = flips + int((top[0] != top[1]).sum()), images + top[0].size
-        largest = max(largest, float(np.abs(a - b).max()))
-        labelled = labelled and labels is not None
-        right += [0 if labels is None else int((t == labels).sum()) for t in top]
-    accuracy = (right[0] / images, right[1] / images) if labelled and images else None
-    return Differences(codes, (flips, images), largest, accuracy)
+        self.flips += int((top[0] != top[1]).sum())
+        self.answers += top[0].size
+        self.largest = max(self.largest, float(np.abs(a - b).max()))
+        self.labelled = self.labelled and labels is not None
+        self.right += [0 if labels is None else int((t == labels).sum()) for t in top]
+
+    def differences(self) -> Differences:
+        accuracy = tuple(self.right / self.answers) if self.labelled and self.answers else None
+        return Differences(self.codes, (self.flips, self.answers), self.largest, accuracy)
+
+
+def compare(
+    one: Runner, others: Sequence[Runner], batches: Iterable[tuple[np.ndarray, np.ndarray | None]]
+) -> list[Differences]:
+    """`one` against each of `others`, over batches (images [B, ...], labels [B] or None); every one runs once."""
+    tallies = [_Tally() for _ in others]
+    for x, labels in batches:
+        ours = one(x)
+        for tally, other in zip(tallies, others, strict=True):
+            tally.add(ours, other(x), labels)
+    return [tally.differences() for tally in tallies]

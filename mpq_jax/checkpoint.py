@@ -1,6 +1,10 @@
 """Checkpoints by orbax: a stage saves whole states, and resumes from the newest one that is not damaged."""
 
 import contextlib
+import errno
+import gc
+import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -37,21 +41,47 @@ def save(opened: ocp.CheckpointManager, step: int, state: Any) -> None:
     """
     if step in opened.all_steps():
         return
-    directory = Path(opened.directory)
-    try:
-        opened.save(step, args=ocp.args.StandardSave(state))
-        digests.write(directory / str(step))
-        digests.sweep(directory)
-    except (OSError, ValueError, RuntimeError) as error:  # tensorstore's are of all three kinds
+    directory, failure = Path(opened.directory), None
+    with _quiet():
+        try:
+            opened.save(step, args=ocp.args.StandardSave(state))
+            digests.write(directory / str(step))
+            digests.sweep(directory)
+        except (OSError, ValueError, RuntimeError) as error:  # tensorstore's are of all three kinds
+            failure = _reason(error)
+        if failure is not None:
+            gc.collect()  # what orbax left of its tasks says its error when it is collected
+    if failure is not None:
         _sweep(directory)
-        free = shutil.disk_usage(directory).free
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         kept = max((int(each.name) for each in directory.iterdir() if each.name.isdigit()), default=None)
         raise Refusal(
-            f"the checkpoint of step {step} cannot be written to {directory} ({reason}); {free >> 20} MiB are free there; "
-            + (f"step {kept} is kept" if kept is not None else "there is none before it")
+            f"the checkpoint of step {step} cannot be written to {directory}: {failure} "
+            f"({shutil.disk_usage(directory).free >> 20} MiB are free there); "
+            + ("there is none before it" if kept is None else f"step {kept} is kept")
             + "; make room, and give the same command again"
-        ) from None
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax writes with many threads and tasks: where a disk is full each of them prints a traceback of its own."""
+    level, hook = logging.root.manager.disable, sys.unraisablehook
+    logging.disable(logging.ERROR)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        logging.disable(level)
+        sys.unraisablehook = hook
+
+
+def _reason(error: Exception) -> str:
+    """The disk's own words where they are in tensorstore's, which are many."""
+    text = str(error) or type(error).__name__
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+        if os.strerror(number) in text:
+            return os.strerror(number)
+    return text.splitlines()[0][:200]
 
 
 def restore(opened: ocp.CheckpointManager, like: Any) -> tuple[int, Any] | None:

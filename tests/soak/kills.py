@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
+import disk  # noqa: E402
 import runs  # noqa: E402
 
 
@@ -104,15 +105,7 @@ def trial(place: Path, phase: str, how: str, aims: list[bool], seconds: dict[str
     names = after.get(phase, (phase,)) if rng.random() < 0.25 else (phase, *(("policy",) if phase in after else ()))
     for name in names:
         runs.finish(todo[name], output)
-    expected = place / "reference"
-    if len(names) <= 2 and phase in after:
-        expected = place / "trained"
-        shutil.rmtree(expected, ignore_errors=True)
-        shutil.copytree(place / "reference", expected)
-        for folder in ("search_evolution", "finetune"):
-            shutil.rmtree(expected / folder)
-        for file in ("evolved.json", "results.json"):
-            (expected / file).unlink()
+    expected = runs.trimmed(place, phase) if len(names) <= 2 else place / "reference"
     return wrong + [f"{phase}: {each}" for each in runs.in_child(lambda: runs.differences(run, expected))]
 
 
@@ -125,6 +118,7 @@ def main() -> int:
     parser.add_argument(
         "--chain", nargs=4, metavar="HOW", help="one run only, struck once in each phase: KILL, TERM, …"
     )
+    parser.add_argument("--disk", action="store_true", help="also one of each of disk.py")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--place", type=Path)
     arguments = parser.parse_args()
@@ -135,6 +129,8 @@ def main() -> int:
     counts, wrong, turn = collections.Counter(), [], 0
     if arguments.chain:
         wrong, turn, arguments.kills = chain(place, arguments.chain, seconds, rng, counts), 1, 0
+    if arguments.disk:
+        wrong += disk.short(place, rng, counts)
     while sum(counts[phase] for phase in runs.PHASES) < arguments.kills:
         phase = arguments.phases[turn % len(arguments.phases)]
         aims = [rng.random() < 0.5 or turn < len(arguments.phases) for _ in range(arguments.each or rng.randint(1, 3))]

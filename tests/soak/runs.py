@@ -147,6 +147,31 @@ def begin(place: Path, phase: str, name: str) -> Path:
     return run
 
 
+def trimmed(place: Path, phase: str) -> Path:
+    """What a run of the phase alone must equal: of a float or joint training, the reference without what comes after."""
+    if phase not in ("float", "joint"):
+        return place / "reference"
+    expected = place / "trained"
+    if not expected.exists():
+        shutil.copytree(place / "reference", expected)
+        for folder in ("search_evolution", "finetune"):
+            shutil.rmtree(expected / folder)
+        for file in ("evolved.json", "results.json"):
+            (expected / file).unlink()
+    return expected
+
+
+def wait_for(pid: int, moment: Callable[[], bool], seconds: float) -> int | None:
+    """Waits until `moment` is true, for `seconds` at most; None then, or the child's exit code if that came first."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not moment():
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    return None
+
+
 # ---- when ---------------------------------------------------------------------------------------------------------
 
 

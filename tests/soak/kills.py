@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import disk  # noqa: E402
+
 import runs  # noqa: E402
 
 

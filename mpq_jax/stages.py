@@ -108,7 +108,9 @@ def train(
     config = run.config
     directory = run.workdir / stage
     key = jax.random.fold_in(jax.random.key(config.seed), sum(map(ord, stage)))
-    state = jax.tree.map(jnp.copy, state)  # the step consumes its state; the caller's arrays stay
+    # The step consumes its state; the caller's arrays stay. All on one device by name, as a step's results are that has
+    # seen one array of a checkpoint: else the second step would be compiled again.
+    state = jax.device_put(jax.tree.map(jnp.copy, state), jax.devices()[0])
     with checkpoint.manager(directory) as manager:
         found = checkpoint.restore(manager, state)
         first, state = found if found else (0, state)

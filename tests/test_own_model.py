@@ -5,9 +5,11 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
+import made_models
 import numpy as np
 import own_models
 import pytest
@@ -108,6 +110,30 @@ def test_trained_weights_are_used_and_kept(place, tmp_path, monkeypatch, capsys)
         )
         params = wanted["params"] if kind == "linen" else wanted
         jax.tree.map(np.testing.assert_array_equal, stages.finished_float(run)["params"], params)
+
+
+def test_a_stage_that_starts_from_a_checkpoint_compiles_its_step_once(tmp_path):
+    """Arrays of a checkpoint are tied to a device, fresh ones are not; a step must not be compiled for each mixture."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    state = {"kept": jax.device_put(np.ones(3, np.float32), jax.devices()[0]), "fresh": jax.numpy.zeros(3)}
+    step = stages.compile_step(
+        lambda state, batch, key, fixed: (jax.tree.map(lambda x: x + batch, state), {"losses": state["kept"][:1]})
+    )
+    config = config_lib.Config(checkpoint_every=9, log_every=9)
+    run = types.SimpleNamespace(config=config, workdir=tmp_path, sinks=())
+    before_step = []
+
+    def batches(_):
+        for i in range(3):
+            before_step.append(len(compiled))
+            yield np.float32(i)
+
+    end = stages.train(run, "stage", state, step, 3, batches, ["row"])
+    np.testing.assert_array_equal(end["fresh"], [3, 3, 3])
+    assert before_step[0] < before_step[1] == before_step[2]
 
 
 # ---- weights from files --------------------------------------------------------------------------------------------
@@ -344,15 +370,17 @@ def _refused(arguments, tmp_path, capsys, words):
 # ---- where a command is started ------------------------------------------------------------------------------------
 
 
+def block(title):
+    """The Python on docs/own_model.md that begins with this comment."""
+    page = (ROOT / "docs" / "own_model.md").read_text()
+    return next(code for code in re.findall(r"```python\n(.*?)```", page, re.S) if code.startswith(f"# {title}\n"))
+
+
 def test_an_installed_command_finds_modules_in_the_working_directory(tmp_path):
-    """With -P Python puts no folder on the path, as for a command that pip installed."""
-    (tmp_path / "mine.py").write_text(
-        "import numpy as np\nfrom flax import linen as nn\n\n"
-        "def model(num_classes):\n    return nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(num_classes)])\n\n"
-        "def batches():\n    return {s: {'image': np.zeros((6, 4)), 'label': np.arange(6)} for s in ('train', 'test')}\n"
-    )
+    """The page's own module; with -P Python puts no folder on the path, as for a command that pip installed."""
+    (tmp_path / "mine.py").write_text(block("mine.py"))
     code = "import sys; from mpq_jax.commands.search import main; sys.exit(main(sys.argv[1:]))"
-    asked = ["--model", "mine:model", "--data", "mine:batches", "--describe", "--json"]
+    asked = ["--model", "mine:model", "--data", "mine:data", "--describe", "--json"]
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, *asked],
         cwd=tmp_path,
@@ -361,4 +389,22 @@ def test_an_installed_command_finds_modules_in_the_working_directory(tmp_path):
         text=True,
     )
     layers = {layer["path"]: layer for layer in json.loads(done.stdout)["layers"]}
-    assert {path: layer["macs"] for path, layer in layers.items()} == {"layers_0": 20, "layers_2": 30}, done.stderr
+    macs = {path: layer["macs"] for path, layer in layers.items()}
+    assert macs == {"Conv_0": 64 * 9 * 16, "Conv_1": 64 * 9 * 16 * 16, "Dense_0": 16 * 5}, done.stderr
+
+
+def test_the_page_s_lines_without_our_scripts():
+    """What they leave behind: learned step sizes, a proven policy within the budget, logits under it."""
+    rng = np.random.default_rng(0)
+    images, net = rng.normal(size=(8, 4, 4, 1)).astype(np.float32), made_models.dense(3, (5, 4))
+    batches = [{"image": images, "label": np.arange(8, dtype=np.int32) % 3}] * 3
+    given = {"net": net, "trained": net.init(jax.random.key(0), images), "images": images, "batches": batches}
+    exec(compile(block("without our scripts"), "own_model.md", "exec"), given)
+    solution, model = given["solution"], given["model"]
+    assert solution.status == "optimal" and given["logits"].shape == (8, 3) and np.isfinite(given["logits"]).all()
+    macs = {layer.path: layer.macs for layer in model.layers}
+    limit = sum(n * (64 if path in ("dense0", "head") else 12) for path, n in macs.items())
+    assert sum(macs[path] * bits.w * bits.a for path, bits in solution.policy.items()) <= limit
+    before, after = (tree["params"]["dense1"] for tree in (given["variables"], {"params": given["state"].params}))
+    np.testing.assert_array_equal(before["kernel"], after["kernel"])
+    assert (before["weight_step_size"] != after["weight_step_size"]).all()

@@ -63,10 +63,10 @@ def model(dim: int = 64, depth: int = 2, heads: int = 4, length: int = LENGTH) -
 
 
 SETTINGS = [
-    *("--pretrain.optimizer", "adamw", "--pretrain.learning_rate", "0.003", "--pretrain.steps", "1500"),
+    *("--pretrain.optimizer", "adamw", "--pretrain.learning_rate", "0.003", "--pretrain.steps", "1000"),
     *("--pretrain.batch_size", "32", "--joint.batch_size", "16", "--finetune.batch_size", "32"),
-    *("--finetune.optimizer", "adamw", "--finetune.learning_rate", "0.0005", "--finetune.steps", "400"),
-    *("--eval_batch_size", "100", "--joint.steps", "200"),
+    *("--finetune.optimizer", "adamw", "--finetune.learning_rate", "0.0005", "--finetune.steps", "300"),
+    *("--eval_batch_size", "100", "--joint.steps", "100"),
     *("--quantize.ends", "searched", "--quantize.rules", "head=8,8"),  # the first product is one of three alike
 ]
 SHARED = r"(block\d+)_attention/(?:query|key|value)=share"

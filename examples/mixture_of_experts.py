@@ -5,7 +5,7 @@ python -m examples.mixture_of_experts --workdir runs/mixture_of_experts
 
 Its call has `deterministic` in place of `train` (found by its name) and gives logits and a loss that balances the
 experts; its query, key and value are one dense layer. All that has to be said is which of the batch it is called with,
-and its loss.
+and its loss. Here without joint training: the float model's gradients say which layers matter (output_fisher).
 
 TIME_AND_RESULT
 """
@@ -51,7 +51,7 @@ SETTINGS = [
     *("--pretrain.optimizer", "adamw", "--pretrain.learning_rate", "0.003", "--pretrain.steps", "800"),
     *("--pretrain.batch_size", "32", "--joint.batch_size", "16", "--finetune.batch_size", "32"),
     *("--finetune.optimizer", "adamw", "--finetune.learning_rate", "0.0005", "--finetune.steps", "200"),
-    *("--eval_batch_size", "100", "--joint.steps", "100"),
+    *("--eval_batch_size", "100", "--finetune.start", "float", "--criteria.samples", "256"),
     *("--quantize.ends", "searched", "--quantize.rules", "^Dense_0=8,8"),
 ]
 
@@ -63,9 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(argv)  # any value of the config: --pretrain.steps 100
     of_model = ["--model", "examples.mixture_of_experts:model", "--data", "examples.text:windows"]
     run = [*of_model, "--workdir", options.workdir, *SETTINGS, *overrides]
+    criterion = ["--criterion", "output_fisher"]
     return (
-        train.main(run)
-        or search.main(["--workdir", options.workdir, "--budget", options.budget])
+        train.main([*run, "--float-only"])
+        or search.main(["--workdir", options.workdir, "--budget", options.budget, *criterion])
         or train.main([*run, "--policy", f"{options.workdir}/policy.json"])
     )
 

@@ -14,6 +14,7 @@ from mpq_jax.importance import load_importance
 FEW = [
     *("--quantize.bit_widths", "2,4", "--joint.steps", "4", "--finetune.steps", "3", "--statistics_batches", "1"),
     *("--joint.batch_size", "8", "--finetune.batch_size", "8", "--finetune.random_policies", "0", "--log_every", "4"),
+    *("--joint.random_rows", "0", "--criteria.samples", "16", "--criteria.batch_size", "8"),
 ]
 
 QUICK = ["--pretrain.learning_rate", "0.01", "--pretrain.warmup_steps", "5"]
@@ -104,5 +105,5 @@ def test_a_model_from_pypi_as_it_is(tmp_path):
     assert mixture_of_experts.main(["--workdir", str(tmp_path), *small, *data, *FEW]) == 0
     rows = rows_of(tmp_path)
     assert rows["float"]["loss"] < 0.9 * math.log(len(text.alphabet())) and math.isfinite(rows["mixed"]["loss"])
-    paths = [layer.path for layer in load_importance(tmp_path / "importance.json").layers]
+    paths = [layer.path for layer in load_importance(tmp_path / "importance_output_fisher.json").layers]
     assert sum("expert_" in path for path in paths) == 4 and any("Router_0" in path for path in paths)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -109,6 +110,30 @@ def test_trained_weights_are_used_and_kept(place, tmp_path, monkeypatch, capsys)
         )
         params = wanted["params"] if kind == "linen" else wanted
         jax.tree.map(np.testing.assert_array_equal, stages.finished_float(run)["params"], params)
+
+
+def test_a_stage_that_starts_from_a_checkpoint_compiles_its_step_once(tmp_path):
+    """Arrays of a checkpoint are tied to a device, fresh ones are not; a step must not be compiled for each mixture."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    state = {"kept": jax.device_put(np.ones(3, np.float32), jax.devices()[0]), "fresh": jax.numpy.zeros(3)}
+    step = stages.compile_step(
+        lambda state, batch, key, fixed: (jax.tree.map(lambda x: x + batch, state), {"losses": state["kept"][:1]})
+    )
+    config = config_lib.Config(checkpoint_every=9, log_every=9)
+    run = types.SimpleNamespace(config=config, workdir=tmp_path, sinks=())
+    before_step = []
+
+    def batches(_):
+        for i in range(3):
+            before_step.append(len(compiled))
+            yield np.float32(i)
+
+    end = stages.train(run, "stage", state, step, 3, batches, ["row"])
+    np.testing.assert_array_equal(end["fresh"], [3, 3, 3])
+    assert before_step[0] < before_step[1] == before_step[2]
 
 
 # ---- weights from files --------------------------------------------------------------------------------------------
@@ -371,7 +396,7 @@ def test_an_installed_command_finds_modules_in_the_working_directory(tmp_path):
 def test_the_page_s_lines_without_our_scripts():
     """What they leave behind: learned step sizes, a proven policy within the budget, logits under it."""
     rng = np.random.default_rng(0)
-    images, net = rng.normal(size=(8, 4, 4, 1)).astype(np.float32), made_models.dense(3, (6, 5, 4))
+    images, net = rng.normal(size=(8, 4, 4, 1)).astype(np.float32), made_models.dense(3, (5, 4))
     batches = [{"image": images, "label": np.arange(8, dtype=np.int32) % 3}] * 3
     given = {"net": net, "trained": net.init(jax.random.key(0), images), "images": images, "batches": batches}
     exec(compile(block("without our scripts"), "own_model.md", "exec"), given)

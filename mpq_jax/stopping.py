@@ -85,11 +85,24 @@ def _leave() -> None:
     os._exit(0)
 
 
-def _forked() -> None:
-    """A child shares the pipe: a SIGTERM of its own is not its parent's."""
+# A child shares the pipe, and a SIGTERM of its own is not its parent's: none comes until the child has let go of the pipe.
+
+
+def _before_fork() -> None:
+    if _sender is not None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _in_parent() -> None:
+    if _sender is not None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _in_child() -> None:
     if _sender is not None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)

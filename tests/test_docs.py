@@ -100,6 +100,7 @@ def test_the_table_of_settings_has_the_defaults_and_the_comments():
     }
     said = {key: comment for key, _, comment in rows}
     assert said["joint.average"] == "decay of the moving average of the parameters; 0: none"
+    assert said["model.weights"].endswith("or an orbax checkpoint's folder")
     assert said["statistics_batches"].endswith(
         "too few miss what a channel that is almost always dead does when it is not"
     )

@@ -11,6 +11,7 @@ from tables import budgets_of, cost_by_hand, every_policy, made
 
 from mpq_jax import Bits, Importance, flax_seam, joint
 from mpq_jax.quantized_model import quantize
+from mpq_jax.quantizers import lq_nets, lsq
 from mpq_jax.search import edmips, gumbel, likely, supernet
 from mpq_jax.search.journal import Journal
 from mpq_jax.search.methods import Edmips, Gumbel
@@ -220,10 +221,18 @@ def test_forms_equal_sums_of_quantized_layers():
     np.testing.assert_allclose(found, np.tensordot(marginal, each, 2), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", [supernet.supernet_layer, supernet.one_branch_layer])
-def test_shares_of_one_are_a_policy(layer):
+@pytest.mark.parametrize(
+    ("layer", "quantizer"),
+    [
+        (supernet.supernet_layer, lsq()),
+        (supernet.one_branch_layer, lsq()),
+        (supernet.one_branch_layer, lq_nets()),  # a basis for each output channel, on an axis of its own
+    ],
+    ids=["supernet", "one branch", "one branch, lq_nets"],
+)
+def test_shares_of_one_are_a_policy(layer, quantizer):
     """All of the share at one pair of bits: the quantized model at that policy, fixed layers and float ones as ever."""
-    model, variables, problem = opened(Net(), rules=[("hidden", "float")])
+    model, variables, problem = opened(Net(), rules=[("hidden", "float")], quantizer=quantizer)
     policy = {ly.path: ly.bits or Bits(3, 6) for ly in model.layers}
     shares = np.zeros((1, 3, 3))
     shares[0, 1, 2] = 1

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from mpq_jax import ops
-from mpq_jax.interpret import Call
+from mpq_jax.interpret import Call, scan_counts
 from mpq_jax.origins import subjaxprs
 from mpq_jax.types import QuantizedModel
 
@@ -117,7 +117,7 @@ class _Follow:
         return sources
 
     def scan(self, eqn: Any, sources: list[Sources]) -> list[Sources]:
-        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carries = scan_counts(eqn.params)
         length = eqn.params["length"]
         steps = reversed(range(length)) if eqn.params["reverse"] else range(length)
         fixed, carry, xs = sources[:consts], sources[consts : consts + carries], sources[consts + carries :]

@@ -17,6 +17,7 @@ from mpq_jax.interpret import Call, Handler
 from mpq_jax.joint import Task
 from mpq_jax.layers import LayerSpec
 from mpq_jax.mixture import mixture, on_grid
+from mpq_jax.operands import place_on_channels
 from mpq_jax.quantized_model import learned_leaves
 from mpq_jax.search.methods import Supernet
 from mpq_jax.search.problem import Problem
@@ -78,9 +79,7 @@ class _Layer:
         return self._product(*((weight, activation) if self._call.weight_side == 0 else (activation, weight)))
 
     def _place(self, leaf: jax.Array) -> jax.Array:
-        if leaf.ndim == 0:
-            return leaf
-        return leaf.reshape([n if i in self._call.channel_axes else 1 for i, n in enumerate(self.weight.shape)])
+        return place_on_channels(leaf, self.weight, self._call.channel_axes)
 
     def weights(self, shares: jax.Array) -> jax.Array:
         """sum_i m_i Q_i(w); shares [Kw]."""

@@ -25,7 +25,7 @@ from mpq_jax.files import whole, write_json
 from mpq_jax.float_model import FloatModel
 from mpq_jax.policy import stack
 from mpq_jax.progress import progress
-from mpq_jax.tasks import Task, logits_of, task_of
+from mpq_jax.tasks import Task, logits_of, random_streams, task_of
 from mpq_jax.types import Bits, Policy, QuantizedModel, Refusal
 from mpq_jax.workdir import latest_whole
 
@@ -388,11 +388,11 @@ def measured_rows(run: Run, state: joint.TrainState, policies: int) -> RowLog:
     samples differ by their bits alone. Statistics are each batch's own, as in joint training. Cost: a forward pass of
     2 batches a policy.
     """
-    settings, model, task = run.config.joint, run.model, joint.classification(run.config.joint.label_smoothing)
+    settings, model, task = run.config.joint, run.model, run.task(run.config.joint.label_smoothing)
     variables = joint.row_variables(state, -1, averaged=True)
     at_once = 1 if settings.rows_at_a_time else ALPHA_ROWS  # where memory is short
     rows = joint.init_state(variables, optax.identity(), at_once).rows
-    rngs = {"dropout": jax.random.key(run.config.seed)} if _is_linen(model) else None
+    rngs = random_streams(task, jax.random.key(run.config.seed)) if _is_linen(model) else None
 
     @jax.jit
     def losses(params, rows, policies, batch):

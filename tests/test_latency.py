@@ -474,7 +474,7 @@ REFUSED = [
     (["--out", "{}/config.py"], "would replace a file"),
     (["--out", "{}/config.py/latency.json"], "is no folder"),
     (["--data.name", "mnist"], "not known here"),
-    (["--model.name", "test_latency:none"], "cannot be made"),
+    (["--model.name", "test_latency:none"], "has no 'none'"),
     (["--quantize.bit_widths", "1,2"], "from 2 to 16"),
 ]
 

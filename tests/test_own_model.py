@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import made_models
@@ -112,15 +113,21 @@ def test_trained_weights_are_used_and_kept(place, tmp_path, monkeypatch, capsys)
         jax.tree.map(np.testing.assert_array_equal, stages.finished_float(run)["params"], params)
 
 
+class State(NamedTuple):
+    params: jax.Array
+    fresh: jax.Array
+
+
 def test_a_stage_that_starts_from_a_checkpoint_compiles_its_step_once(tmp_path):
     """Arrays of a checkpoint are tied to a device, fresh ones are not; a step must not be compiled for each mixture."""
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-    state = {"kept": jax.device_put(np.ones(3, np.float32), jax.devices()[0]), "fresh": jax.numpy.zeros(3)}
+    kept = jax.device_put(np.ones(3, np.float32), jax.devices()[0])
+    state = State(kept, jax.numpy.zeros(3))
     step = stages.compile_step(
-        lambda state, batch, key, fixed: (jax.tree.map(lambda x: x + batch, state), {"losses": state["kept"][:1]})
+        lambda state, batch, key, fixed: (jax.tree.map(lambda x: x + batch, state), {"losses": state.params[:1]})
     )
     config = config_lib.Config(checkpoint_every=9, log_every=9)
     run = types.SimpleNamespace(config=config, workdir=tmp_path, sinks=())
@@ -132,7 +139,7 @@ def test_a_stage_that_starts_from_a_checkpoint_compiles_its_step_once(tmp_path):
             yield np.float32(i)
 
     end = stages.train(run, "stage", state, step, 3, batches, ["row"])
-    np.testing.assert_array_equal(end["fresh"], [3, 3, 3])
+    np.testing.assert_array_equal(end.fresh, [3, 3, 3])
     assert before_step[0] < before_step[1] == before_step[2]
 
 

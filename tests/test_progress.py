@@ -4,6 +4,7 @@ import fcntl
 import io
 import os
 import pty
+import select
 import struct
 import termios
 
@@ -69,7 +70,9 @@ def test_bar_on_a_terminal():
         with progress(range(3), 3, "joint", stream) as bar:
             for _ in bar:
                 bar.note("loss 0.5")
-        shown = os.read(master, 65536).decode()
+        shown = ""
+        while select.select([master], [], [], 1.0)[0]:  # it may come in parts
+            shown += os.read(master, 65536).decode()
     os.close(master)
     last = shown.rstrip("\r\n").split("\r")[-1]
     assert "joint" in last and "100%" in last and "3/3" in last and "loss 0.5" in last

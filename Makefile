@@ -6,7 +6,7 @@ DEMO := runs/demo
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 1
 
-.PHONY: setup demo test lint docs notebook clean
+.PHONY: setup demo test soak lint docs notebook clean
 
 setup: .venv/ready
 
@@ -33,6 +33,16 @@ lint: setup
 
 test: lint .venv/litert
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The long forms of tests/test_kills.py, test_untrusted.py and test_finite.py: about an hour of one core. Each ends with its
+# counts as a line of JSON, and fails where anything was lost.
+soak: setup
+	$(BIN)/python tests/soak/kills.py --kills 50 --seed 1
+	$(BIN)/python tests/soak/kills.py --kills 12 --signal TERM --seed 2
+	$(BIN)/python tests/soak/kills.py --kills 8 --signal TWICE --seed 3
+	$(BIN)/python tests/soak/disk.py --sizes 24 --damages 18 --seed 5
+	$(BIN)/python tests/soak/untrusted.py --inputs 2500 --seed 7
+	$(BIN)/python tests/soak/numerics.py --steps 10000
 
 # The site, with the notebook run and its figures in it: docs/_build/index.html.
 docs: setup

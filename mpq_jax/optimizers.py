@@ -15,8 +15,11 @@ LEAST, MOST = 2.0**-40, 2.0**40
 
 
 def within(update: jax.Array, s: jax.Array) -> jax.Array:
-    """The update of s, cut where it would leave [LEAST, MOST]; an s that lies outside is moved no further out."""
-    low, high = jnp.minimum(s, LEAST), jnp.maximum(s, MOST)
+    """The update of s, cut where it would leave [LEAST, MOST]; an s that lies outside is moved no further out.
+
+    Nor does one update take more than 1023 of 1024 parts away: s + (low - s) would round to 0 for a low far below s.
+    """
+    low, high = jnp.minimum(s, jnp.maximum(s / 1024, LEAST)), jnp.maximum(s, MOST)
     return jnp.where(s + update < low, low - s, jnp.where(s + update > high, high - s, update))
 
 

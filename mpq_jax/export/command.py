@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax import config as config_lib
-from mpq_jax import costs, data, stages
+from mpq_jax import costs, data, factories, stages
 from mpq_jax.config import Config
 from mpq_jax.export import c_header, packed, replay
 from mpq_jax.export.fold import fold
@@ -235,8 +235,8 @@ def _outputs(run: stages.Run) -> Any:
 def config_of(file: packed.File, overrides: Sequence[str]) -> Config:
     """The config that a packed file was made with, and overrides.
 
-    Raises Refusal for one that is none, and for a file that names a model of its own, whose code would be run, unless
-    --model.name says that it may.
+    Raises Refusal for one that is none, and for a file that names a model or data of its own, whose code would be run,
+    unless --model.name and --data.name say that it may.
     """
     try:
         theirs = config_lib.from_json(file.config)
@@ -245,12 +245,10 @@ def config_of(file: packed.File, overrides: Sequence[str]) -> Config:
     # All weights are in the file; it names no other to be read.
     config = dataclasses.replace(theirs, model=dataclasses.replace(theirs.model, weights=""))
     config = config_lib.override(config, overrides)
-    named = any(word.partition("=")[0] == "--model.name" for word in overrides)
-    if ":" in config.model.name and not named:
-        raise Refusal(
-            f"{file.path} is of the model {config.model.name!r}, whose code would be run; if it is yours, add "
-            f"--model.name {config.model.name}"
-        )
+    given = {word.partition("=")[0] for word in overrides}
+    for option, name in (("--model.name", config.model.name), ("--data.name", config.data.name)):
+        if factories.is_factory(name) and option not in given:
+            raise Refusal(f"{file.path} names {name!r}, whose code would be run; if it is yours, add {option} {name}")
     if config.model.name != theirs.model.name:
         raise Refusal(f"{file.path} is of the model {theirs.model.name!r}, not of {config.model.name!r}")
     return config

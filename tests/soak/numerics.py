@@ -48,13 +48,11 @@ IMAGES = {
 }
 
 
-def train(learner: str, recipe: str, images: str, steps: int) -> dict:
-    """Joint training, compiled as one loop. -> {"least", "largest": of all trained leaves over all steps, "stopped": the
-    first step whose loss or parameters were not finite, where the program stops; None}"""
-    settings = RECIPES[recipe]
-    data = [{**batch, "image": IMAGES[images](jnp.asarray(batch["image"]))} for batch in batches(sizes=(8,) * 4)]
-    model = quantize(Net(), data[0]["image"], bit_widths=WIDTHS, quantizer=LEARNERS[learner])
-    variables = calibrated(model, start(Net(), data[0]["image"]), data[0]["image"])
+@functools.lru_cache
+def trainer(learner: str, recipe: str, steps: int):
+    """run(images) -> what `train` returns but for the names. One compilation for all images and numbers of steps."""
+    settings, first = RECIPES[recipe], batches(sizes=(8,) * 4)
+    model = quantize(Net(), jnp.asarray(first[0]["image"]), bit_widths=WIDTHS, quantizer=LEARNERS[learner])
     optimizer = stages.joint_optimizer(model, settings, steps)
     step = joint.make_step(
         model,
@@ -65,35 +63,48 @@ def train(learner: str, recipe: str, images: str, steps: int) -> dict:
         error_steps=settings.error_steps,
     )
     fixed = joint.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
-    trained = optimizers.quantizer_leaves(model, "leaves")
-    states = optimizers.quantizer_leaves(model, "state")
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *data)
+    trained = sorted(optimizers.quantizer_leaves(model, "leaves"))
+    watched = trained or sorted(optimizers.quantizer_leaves(model, "state"))
 
-    def one(carry, i):
+    def one(i, carry, stacked):
         state, least, largest, stopped = carry
-        batch = jax.tree.map(lambda x: x[i % len(data)], stacked)
+        batch = jax.tree.map(lambda x: x[i % len(first)], stacked)
         state, metrics = step(state, batch, jax.random.key(0, impl="rbg"), fixed)
         flat = flax_seam.flatten(state.params)
-        finite = (
-            jnp.stack([jnp.isfinite(leaf).all() for leaf in flat.values()]).all()
-            & jnp.isfinite(metrics["losses"]).all()
-        )
-        running = stopped < 0
-        values = [flat[path].ravel() for path in sorted(trained)] or [flat[path].ravel() for path in sorted(states)]
-        values = jnp.concatenate(values)
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in [*flat.values(), metrics["losses"]]]).all()
+        values = jnp.concatenate([flat[path].ravel() for path in watched])
         # Before a stop only: what comes after it no program ever sees.
+        running = stopped < 0
         least = jnp.where(running & finite, jnp.minimum(least, values.min()), least)
         largest = jnp.where(running & finite, jnp.maximum(largest, values.max()), largest)
-        return (state, least, largest, jnp.where(running & ~finite, i, stopped)), None
+        return state, least, largest, jnp.where(running & ~finite, i, stopped)
 
     @jax.jit
-    def run():
+    def loop(variables, stacked, count):
         state = joint.init_state(variables, optimizer, len(WIDTHS) + 1)
         begin = (state, jnp.float32(jnp.inf), jnp.float32(-jnp.inf), jnp.int32(-1))
-        return jax.lax.scan(one, begin, jnp.arange(steps))[0][1:]
+        return jax.lax.fori_loop(0, count, lambda i, carry: one(i, carry, stacked), begin)[1:]
 
-    least, largest, stopped = (x.item() for x in run())
-    return {"least": least, "largest": largest, "stopped": None if stopped < 0 else stopped, "trained": bool(trained)}
+    def run(images: str, count: int) -> dict:
+        data = [{**batch, "image": IMAGES[images](jnp.asarray(batch["image"]))} for batch in first]
+        variables = calibrated(model, start(Net(), jnp.asarray(first[0]["image"])), data[0]["image"])
+        least, largest, stopped = (
+            x.item() for x in loop(variables, jax.tree.map(lambda *x: jnp.stack(x), *data), count)
+        )
+        return {
+            "least": least,
+            "largest": largest,
+            "stopped": None if stopped < 0 else stopped,
+            "trained": bool(trained),
+        }
+
+    return run
+
+
+def train(learner: str, recipe: str, images: str, steps: int, of: int) -> dict:
+    """The first `steps` of a joint training of `of` steps. -> {"least", "largest": of all trained leaves over all steps,
+    "stopped": the first step whose loss or parameters were not finite, where the program stops; None}"""
+    return trainer(learner, recipe, of)(images, steps)
 
 
 def faults(name: str, found: dict, may_stop: bool) -> list[str]:

@@ -12,7 +12,7 @@ SOAK = Path(__file__).parent / "soak"
 
 def test_runs_that_are_struck_end_with_the_same_bits(tmp_path):
     command = [sys.executable, str(SOAK / "kills.py"), "--chain", "KILL", "TERM", "TERM", "KILL", "--disk"]
-    done = subprocess.run([*command, "--place", str(tmp_path)], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([*command, "--place", str(tmp_path)], capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     assert all(counts[phase] == 1 for phase in ("float", "joint", "search", "finetune")), counts

@@ -15,14 +15,14 @@ KINDS = ("importance", "policy", "latency", "pickle", "packed", "config", "indic
 
 
 def test_mutated_files(tmp_path):
-    command = [sys.executable, str(SOAK / "untrusted.py"), "--together", "--inputs", "150", "--seed", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, str(SOAK / "untrusted.py"), "--together", "--inputs", "80", "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     assert set(counts) == set(KINDS)
     for kind, found in counts.items():
-        assert found["wrong"] == 0 and found["inputs"] == 150, kind
-        assert found["refused"] > 75 and found["accepted"] > 0, (
+        assert found["wrong"] == 0 and found["inputs"] == 80, kind
+        assert found["refused"] > 40 and found["accepted"] > 0, (
             kind
         )  # mutations that change nothing would prove nothing
 

@@ -178,30 +178,36 @@ def damaged(place: Path, phase: str, damage: str, rng: random.Random, counts: co
     ]
 
 
-def two_runs(place: Path, counts: collections.Counter) -> list[str]:
-    """A second run in a folder that is in use is refused in one line; after a kill of the first, it is not."""
+def two_runs(place: Path, counts: collections.Counter) -> tuple[Path, list[str]]:
+    """A second run in a folder that is in use is refused in one line; then the first is killed. -> (folder, what went wrong)"""
     run = runs.begin(place, "joint", "two")
     command = runs.commands(place, run)["joint"]
+    held = (run / ".lock").read_text()  # the reference's, of a run that has ended
     first = runs.start(command, place / "first.txt")
-    runs.wait_for(first, lambda: runs.writing(run, "joint"), 60.0)
+    runs.wait_for(first, lambda: (run / ".lock").read_text() not in ("", held), 60.0)
     second = runs.start(command, place / "second.txt")
     code, text = runs.ended(second, 60.0), (place / "second.txt").read_text()
     os.kill(first, signal.SIGKILL)
     runs.ended(first, 10.0)
     counts["two runs in one folder"] += 1
-    wrong = []
     if code != 2 or text.count("\n") != 1 or f"is in use by process {first} on {os.uname().nodename}" not in text:
-        wrong.append(f"the second of two runs: exit code {code}: {text[-500:]}")
-    runs.finish(command, place / "second.txt")
-    runs.finish(runs.commands(place, run)["policy"], place / "second.txt")
-    expected = runs.trimmed(place, "joint")
-    return wrong + [f"after two runs: {each}" for each in runs.in_child(lambda: runs.differences(run, expected))]
+        return run, [f"the second of two runs: exit code {code}: {text[-500:]}"]
+    return run, []
+
+
+def after_two(place: Path, run: Path) -> list[str]:
+    """What the kill left of the folder does not keep the next run out, which ends as it should."""
+    for name in ("joint", "policy"):
+        runs.finish(runs.commands(place, run)[name], place / "second.txt")
+    return [
+        f"after two runs: {each}" for each in runs.in_child(lambda: runs.differences(run, runs.trimmed(place, "joint")))
+    ]
 
 
 def short(place: Path, rng: random.Random, counts: collections.Counter) -> list[str]:
     """One of each."""
-    wrong = full(place, "joint", 150, counts) + read_only(place, counts) + two_runs(place, counts)
-    return wrong + damaged(place, "joint", rng.choice(list(DAMAGES)), rng, counts)
+    wrong = full(place, "joint", 150, counts) + read_only(place, counts) + two_runs(place, counts)[1]
+    return wrong + damaged(place, "float", rng.choice(list(DAMAGES)), rng, counts)
 
 
 def main() -> int:
@@ -216,6 +222,8 @@ def main() -> int:
     runs.import_all()
     runs.reference(place)
     wrong = short(place, rng, counts)
+    run, more = two_runs(place, counts)
+    wrong += more + after_two(place, run)
     for number in range(arguments.sizes):
         wrong += full(
             place, runs.PHASES[number % 4], rng.choice([0, 4, 16, 50, 100, 200, 400, 800]) + rng.randrange(16), counts

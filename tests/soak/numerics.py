@@ -217,9 +217,8 @@ def main() -> int:
         for recipe in arguments.recipes:
             for images in arguments.images:
                 # Thousands of steps on ordinary images; the others either stand or fall in the first hundreds.
-                found = train(
-                    learner, recipe, images, arguments.steps if images == "normal" else min(arguments.steps, 500)
-                )
+                steps = arguments.steps if images == "normal" else min(arguments.steps, 500)
+                found = train(learner, recipe, images, steps, arguments.steps)
                 name = f"{learner}, {recipe}, {images}"
                 wrong += faults(name, found, may_stop=images in ("huge", "tiny"))
                 ranges[name] = [found["least"], found["largest"], found["stopped"]]

@@ -17,7 +17,7 @@ project = "mpq_jax"
 author = "the authors of mpq_jax"
 release = version = mpq_jax.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton", "plain_docstrings"]
-exclude_patterns = ["_build", "_generated", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "_generated", "jupyter_execute", "**.ipynb_checkpoints"]
 
 html_theme = "furo"
 html_title = "mpq_jax"

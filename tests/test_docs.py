@@ -204,6 +204,7 @@ NAMES = ("x", "bits", "leaves", "init")
         (["Note: x is no definition here."], ["Note: x is no definition here."]),
         (["init(x) -> {leaf: [K]}: start values."], ["``init(x) -> {leaf: [K]}``", "    start values."]),
         (["init(x) -> start values."], ["``init(x)``", "    -> start values."]),
+        (["init(x) -> values. Of y: none."], ["``init(x)``", "    -> values. Of y: none."]),
         (["A text. Raises Refusal for", "nothing."], ["A text.", ":raises Refusal: for nothing."]),
         (["-> (a, b*)"], [r":returns: (a, b\*)"]),
         (["Text:", "", "  y = x_ * 2", "", "More."], ["Text:", "::", "      y = x_ * 2", "More."]),

@@ -97,7 +97,7 @@ def _term(part: str, names: Collection[str]) -> str:
         depth += _BRACKETS.get(character, 0)
         if not depth and character == ")":
             closed = closed or at + 1
-        if not depth and rest.startswith(": ", at):
+        if not depth and rest.startswith(": ", at) and ". " not in rest[:at]:
             return part[: head.end() + at]
     return part[: head.end() + closed] if rest.startswith("(") and closed else ""
 

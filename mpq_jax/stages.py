@@ -128,8 +128,8 @@ def train(
         first, state = found if found else (0, state)
         log = logs.recorder(stage, directory, row_names, config.log_every, run.sinks)
         recorders = [log, *([recorder] if recorder else [])]
-        if first >= steps or stop(first, state):
-            # Nothing is left to do, and nothing to drop; what was recorded may be asked for.
+        if stop(first, state):
+            # It ended before its steps did: nothing is left to do or to drop; what was recorded may be asked for.
             if recorder:
                 recorder.load(first)
             return state

@@ -71,20 +71,22 @@ def load_config(workdir: Path) -> config_lib.Config:
 
 def latest_step(stage: Path) -> int | None:
     """The step of the newest whole checkpoint in a stage's folder; None where there is none."""
-    steps = [int(each.name) for each in stage.iterdir() if each.name.isdigit()] if stage.is_dir() else []
-    return max(steps, default=None)
+    return max(_steps(stage), default=None)
 
 
 def latest_whole(stage: Path) -> tuple[int | None, str | None]:
     """(the step of the newest checkpoint that is not damaged, what is damaged in a newer one); None where none is."""
-    steps = [int(each.name) for each in stage.iterdir() if each.name.isdigit()] if stage.is_dir() else []
     newest = None
-    for step in sorted(steps, reverse=True):
+    for step in sorted(_steps(stage), reverse=True):
         damage = digests.damage(stage / str(step))
         if damage is None:
             return step, newest
         newest = newest or f"the checkpoint of step {step} is damaged: {damage}"
     return None, newest
+
+
+def _steps(stage: Path) -> list[int]:
+    return [int(each.name) for each in stage.iterdir() if each.name.isdigit()] if stage.is_dir() else []
 
 
 def importance_of(workdir: Path, policy: str | Path) -> Path:

@@ -161,16 +161,24 @@ def test_policy_of_another_model(place, tmp_path, capsys):
     assert "does not have" in capsys.readouterr().err
 
 
-def test_loss_that_is_not_finite_stops(place, capsys):
-    """A learning rate that explodes: row and step are named, the last good checkpoint is kept."""
+@pytest.mark.parametrize(
+    ("every", "words"),
+    [
+        ("40", r"the loss of row float is not finite at step (\d+) of pretrain"),
+        ("2", r"\['bias'\] is not finite after step (\d+) of pretrain"),  # a checkpoint is due before the loss is nan
+    ],
+    ids=["loss", "parameters"],
+)
+def test_training_that_is_not_finite_stops(place, capsys, every, words):
+    """A learning rate that explodes: row or parameter, and step, are named, the last good checkpoint is kept."""
     more = ["--pretrain.learning_rate", "1e30", "--pretrain.warmup_steps", "0", "--pretrain.steps", "40"]
-    code = train.main(arguments(place, "exploded", *more))
+    run = f"exploded {every}"
+    code = train.main(arguments(place, run, *more, "--checkpoint_every", every))
     error = capsys.readouterr().err.splitlines()[-1]
-    assert code == 2 and "is not finite" in error and "last good checkpoint" in error
-    # The parameters leave float32 before the loss does, or after it.
-    step = int(re.search(r"(?:row float is not finite at|after) step (\d+) of pretrain", error)[1])
-    kept = sorted(int(p.name) for p in (place / "exploded" / "pretrain").iterdir() if p.name.isdigit())
-    assert all(k <= step for k in kept)
+    found = re.search(words, error)
+    assert code == 2 and found and "last good checkpoint" in error
+    kept = sorted(int(p.name) for p in (place / run / "pretrain").iterdir() if p.name.isdigit())
+    assert all(k <= int(found[1]) for k in kept)
 
 
 def test_paper_recipe_and_options_run(place, tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import gc
 import logging
 import os
 import shutil
@@ -42,15 +41,14 @@ def save(opened: ocp.CheckpointManager, step: int, state: Any) -> None:
     if step in opened.all_steps():
         return
     directory, failure = Path(opened.directory), None
-    with _quiet():
+    with _errors_held():
         try:
             opened.save(step, args=ocp.args.StandardSave(state))
             digests.write(directory / str(step))
             digests.sweep(directory)
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore's are of all three kinds
             failure = _reason(error)
-        if failure is not None:
-            gc.collect()  # what orbax left of its tasks says its error when it is collected
+            _silence_errors()
     if failure is not None:
         _sweep(directory)
         kept = max((int(each.name) for each in directory.iterdir() if each.name.isdigit()), default=None)
@@ -63,16 +61,24 @@ def save(opened: ocp.CheckpointManager, step: int, state: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax writes with many threads and tasks: where a disk is full each of them prints a traceback of its own."""
-    level, hook = logging.root.manager.disable, sys.unraisablehook
+def _errors_held() -> Iterator[None]:
+    """Inside the block errors are not logged: a save that goes well logs none."""
+    level, hook = logging.root.manager.disable, sys.excepthook
     logging.disable(logging.ERROR)
-    sys.unraisablehook = lambda _: None
+    # Tensorstore's threads print by this hook, such as that orbax's event loop has been closed under them.
+    sys.excepthook = lambda *_: None
     try:
         yield
     finally:
         logging.disable(level)
-        sys.unraisablehook = hook
+        sys.excepthook = hook
+
+
+def _silence_errors() -> None:
+    """Orbax writes with many threads and tasks. Where a disk is full each of them has a traceback of its own, some of them
+    long after the save has failed; the Refusal says it in one line."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def _reason(error: Exception) -> str:

@@ -10,6 +10,7 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import gc
 import io
 import json
 import os
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,14 +81,23 @@ class Disk:
 
 
 def said(command: tuple[str, list[str]]) -> tuple[int, list[str]]:
-    """Runs a command in this process. -> (exit code, lines on stderr that are no progress)"""
+    """Runs a command in this process. -> (exit code, lines on stderr that are no progress, whoever wrote them there)"""
     from mpq_jax.commands import search, train
 
-    err = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-        code = {"train": train, "search": search}[command[0]].main(command[1])
-    lines = err.getvalue().splitlines()
-    return code, [line for line in lines if line.startswith(("error", "note", "Traceback", " "))]
+    with tempfile.TemporaryFile() as file, contextlib.redirect_stdout(io.StringIO()):
+        real = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            code = {"train": train, "search": search}[command[0]].main(command[1])
+            gc.collect()  # tasks that failed say so when they are collected
+            time.sleep(0.2)
+            sys.stderr.flush()
+        finally:
+            os.dup2(real, 2)
+            os.close(real)
+        file.seek(0)
+        lines = file.read().decode(errors="replace").splitlines()
+    return code, [line[:300] for line in lines if not line.startswith(("pretrain ", "joint ", "finetune ", "writing "))]
 
 
 def full(place: Path, phase: str, kib: int, counts: collections.Counter) -> list[str]:

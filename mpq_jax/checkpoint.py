@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,14 +43,13 @@ def save(opened: ocp.CheckpointManager, step: int, state: Any) -> None:
     if step in opened.all_steps():
         return
     directory, failure = Path(opened.directory), None
-    with _errors_held():
-        try:
+    try:
+        with _errors_held():
             opened.save(step, args=ocp.args.StandardSave(state))
             digests.write(directory / str(step))
             digests.sweep(directory)
-        except (OSError, ValueError, RuntimeError) as error:  # tensorstore's are of all three kinds
-            failure = _reason(error)
-            _silence_errors()
+    except (OSError, ValueError, RuntimeError) as error:  # tensorstore's are of all three kinds
+        failure = _reason(error)
     if failure is not None:
         _sweep(directory)
         kept = max((int(each.name) for each in directory.iterdir() if each.name.isdigit()), default=None)
@@ -62,23 +63,30 @@ def save(opened: ocp.CheckpointManager, step: int, state: Any) -> None:
 
 @contextlib.contextmanager
 def _errors_held() -> Iterator[None]:
-    """Inside the block errors are not logged: a save that goes well logs none."""
-    level, hook = logging.root.manager.disable, sys.excepthook
+    """Inside the block errors are not logged: a save that goes well logs none. One that fails stays quiet from then on.
+
+    Orbax writes with many threads and tasks: where a disk is full each of them has a traceback of its own, some of them long
+    after the save has failed. The Refusal says it in one line.
+    """
+    level, hook = logging.root.manager.disable, sys.unraisablehook
+
+    def of_the_main_thread(error: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            hook(error)
+
     logging.disable(logging.ERROR)
-    # Tensorstore's threads print by this hook, such as that orbax's event loop has been closed under them.
-    sys.excepthook = lambda *_: None
+    sys.unraisablehook = of_the_main_thread  # tensorstore's threads print by it
     try:
         yield
+    except Exception:
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        raise
+    else:
+        sys.unraisablehook = hook
     finally:
         logging.disable(level)
-        sys.excepthook = hook
-
-
-def _silence_errors() -> None:
-    """Orbax writes with many threads and tasks. Where a disk is full each of them has a traceback of its own, some of them
-    long after the save has failed; the Refusal says it in one line."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def _reason(error: Exception) -> str:

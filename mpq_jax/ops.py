@@ -1,9 +1,8 @@
 """Convolution and dot product whose rows run one by one under `vmap`.
 
 XLA turns a convolution with P kernels (what plain `vmap` makes of it) into a grouped one, which on CPU is 20 times
-slower than P convolutions, and its depthwise convolution is 40 times slower than a sum of shifted products. Here:
-rows one by one where both operands have a row axis; folded into the batch where the kernel has none; depthwise
-convolutions on CPU as shifted products.
+slower than P convolutions. Here: rows one by one where both operands have a row axis; folded into the batch where the
+kernel has none; on CPU the forms of cpu_convolution.py.
 
 `kernels="smooth"` is for forward-mode and second derivatives of the network: JAX's own operations, and for depthwise
 convolutions on CPU the shifted products. `kernels="plain"` gives JAX's own operations everywhere.
@@ -17,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+
+from mpq_jax import cpu_convolution
 
 Kernels = Literal["rows", "smooth", "plain"]
 Contraction = Callable[[jax.Array, jax.Array], jax.Array]  # (lhs, rhs) -> out
@@ -47,7 +48,14 @@ def contract(primitive: str, params: dict[str, Any], kernels: Kernels = "rows") 
         return product
 
     def convolution(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return _depthwise(params, lhs, rhs) if _is_depthwise(params, lhs, rhs) else product(lhs, rhs)
+        at = cpu_convolution.geometry(params, lhs, rhs)
+        if at is not None and cpu_convolution.is_depthwise(params, lhs, rhs):
+            return (_depthwise_by_rows(at) if kernels == "rows" else functools.partial(cpu_convolution.depthwise, at))(
+                lhs, rhs
+            )
+        if at is not None and params["feature_group_count"] == 1 and kernels == "rows":
+            return _convolution_by_rows(at)(lhs, rhs)
+        return product(lhs, rhs)
 
     return convolution
 
@@ -74,9 +82,38 @@ def _rows_one_by_one(function: Contraction) -> Contraction:
     return one
 
 
+Gradient = Callable[[Any, jax.Array, jax.Array], jax.Array]  # (the operand's shape and type, gradient, other operand)
+
+
 def _by_rows(plain: Contraction) -> Contraction:
     """`plain` (bilinear) with rows one by one in the forward pass and in both gradients."""
-    forward = _rows_one_by_one(plain)
+    return _with_gradients(
+        _rows_one_by_one(plain),
+        lambda left, g, rhs: jax.linear_transpose(lambda x: plain(x, rhs), left)(g)[0],
+        lambda right, g, lhs: jax.linear_transpose(lambda k: plain(lhs, k), right)(g)[0],
+    )
+
+
+def _convolution_by_rows(at: cpu_convolution.Geometry) -> Contraction:
+    return _with_gradients(
+        _rows_one_by_one(functools.partial(cpu_convolution.forward, at)),
+        lambda left, g, k: cpu_convolution.input_gradient(at, left.shape[1:3], g, k).astype(left.dtype),
+        lambda right, g, x: cpu_convolution.filter_gradient(at, right.shape[:2], x, g).astype(right.dtype),
+    )
+
+
+def _depthwise_by_rows(at: cpu_convolution.Geometry) -> Contraction:
+    """The products go over all rows at once: only the sums of the filter gradient gain by going one by one."""
+    product = functools.partial(cpu_convolution.depthwise, at)
+    return _with_gradients(
+        product,
+        lambda left, g, k: jax.linear_transpose(lambda x: product(x, k), left)(g)[0],
+        lambda right, g, x: cpu_convolution.depthwise_filter_gradient(at, right.shape[:2], x, g).astype(right.dtype),
+    )
+
+
+def _with_gradients(forward: Contraction, to_lhs: Gradient, to_rhs: Gradient) -> Contraction:
+    """`forward` with these gradients, each with its rows one by one."""
 
     # custom_vmap has no transpose rule of its own, so each gradient is a custom_vmap too.
     @jax.custom_vjp
@@ -89,41 +126,11 @@ def _by_rows(plain: Contraction) -> Contraction:
     def bwd(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         lhs, rhs = residuals
         left, right = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in residuals)
-        to_lhs = _rows_one_by_one(lambda g, r: jax.linear_transpose(lambda x: plain(x, r), left)(g)[0])
-        to_rhs = _rows_one_by_one(lambda g, x: jax.linear_transpose(lambda r: plain(x, r), right)(g)[0])
-        return to_lhs(gradient, rhs), to_rhs(gradient, lhs)
+        of_lhs, of_rhs = (
+            _rows_one_by_one(functools.partial(gradient_of, like))
+            for gradient_of, like in ((to_lhs, left), (to_rhs, right))
+        )
+        return of_lhs(gradient, rhs), of_rhs(gradient, lhs)
 
     contraction.defvjp(fwd, bwd)
     return contraction
-
-
-def _is_depthwise(params: dict[str, Any], lhs: jax.Array, rhs: jax.Array) -> bool:
-    """NHWC x HWIO, one input and one output channel a group, no dilation."""
-    numbers = params["dimension_numbers"]
-    return (
-        lhs.ndim == 4
-        and params["feature_group_count"] == lhs.shape[3] == rhs.shape[3] > 1
-        and params["batch_group_count"] == 1
-        and tuple(numbers.lhs_spec) == (0, 3, 1, 2)
-        and tuple(numbers.rhs_spec) == (3, 2, 0, 1)
-        and tuple(numbers.out_spec) == (0, 3, 1, 2)
-        and all(d == 1 for d in (*params["lhs_dilation"], *params["rhs_dilation"]))
-        and all(p >= 0 for pair in params["padding"] for p in pair)
-    )
-
-
-def _depthwise(params: dict[str, Any], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """y[b, h, w, c] = sum over i, j of x[b, s h + i, s w + j, c] k[i, j, 0, c]: shifted products."""
-    kernel_h, kernel_w = rhs.shape[:2]
-    stride_h, stride_w = params["window_strides"]
-    x = jnp.pad(lhs, ((0, 0), *params["padding"], (0, 0)))
-    out_h = (x.shape[1] - kernel_h) // stride_h + 1
-    out_w = (x.shape[2] - kernel_w) // stride_w + 1
-
-    def shifted(i: int, j: int) -> jax.Array:
-        rows = slice(i, i + (out_h - 1) * stride_h + 1, stride_h)
-        columns = slice(j, j + (out_w - 1) * stride_w + 1, stride_w)
-        return x[:, rows, columns, :] * rhs[i, j, 0]
-
-    y = sum(shifted(i, j) for i in range(kernel_h) for j in range(kernel_w))
-    return jnp.asarray(y, params["preferred_element_type"] or lhs.dtype)

@@ -1,16 +1,19 @@
-"""The joint step against K+1 float steps of the same net, and against plain vmap; compilations for 20 policies.
+"""The joint step against K+1 float steps of the same net, and against plain vmap: time, memory, compilation.
 
-  python benchmarks/joint_step.py [--model resnet8] [--batch 64] [--repeats 7]
+  python benchmarks/joint_step.py [--model resnet8] [--batch 64] [--repeats 7] [--skip-vmap]
 
 The float step uses our kernels or XLA's own, whichever is faster. The joint step is the default one: K uniform rows
-and one random row, weights still or trained. Medians of interleaved repetitions; nothing else should run meanwhile.
+and one random row, weights still or trained, all rows at once or one at a time. Medians of interleaved repetitions;
+nothing else should run meanwhile. Memory is what XLA plans for one call, arguments and results included.
 """
 
 import argparse
 import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mpq_jax import joint, models, optimizers
 from mpq_jax.quantized_model import quantize
+
+JOINT = "joint step, weights trained (the paper's loss)"
+
+
+class Step(NamedTuple):
+    run: Callable[[], Any]
+    compile_seconds: float
+    memory: int  # bytes at the peak
+
+
+def planned(memory: Any) -> int:
+    """Bytes of one call: arguments, results that do not lie in them, and all that lies between."""
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
 
 
 def timed(function, *arguments) -> float:
@@ -56,43 +77,58 @@ def main() -> None:
     ours = optimizers.partition(quantized, optax.set_to_zero(), optimizers.log_space(optax.adam(0.01, b2=0.95)))
     paper = optimizers.partition(quantized, sgd, optax.chain(sgd, optimizers.keep_positive()))
 
-    def step_of(model, optimizer, variables, count, fixed=None, error=0.0, **more):
+    def step_of(model, optimizer, variables, count, fixed=None, error=0.0, **more) -> Step:
         state = joint.init_state(variables, optimizer, count)
-        step = jax.jit(joint.make_step(model, task, optimizer, error_weight=error, **more))
-        return functools.partial(step, state, batch, key, fixed)
+        jitted = jax.jit(joint.make_step(model, task, optimizer, error_weight=error, **more))
+        began = time.perf_counter()
+        compiled = jitted.lower(state, batch, key, fixed).compile()
+        return Step(
+            functools.partial(compiled, state, batch, key, fixed),
+            time.perf_counter() - began,
+            planned(compiled.memory_analysis()),
+        )
 
+    trained = functools.partial(step_of, quantized, paper, calibrated, rows, fixed=uniform, random=1)
     contestants = {
         "float step, our kernels": step_of(quantized, sgd, variables, 1),
         "float step, XLA's kernels": step_of(plain, sgd, variables, 1),
-        "joint step, weights trained (the paper's loss)": step_of(
-            quantized, paper, calibrated, rows, fixed=uniform, random=1
-        ),
+        JOINT: trained(),
+        "joint step, the same, one row at a time": trained(rows_at_a_time=1),
         "joint step, weights still, with the error term": step_of(
             quantized, ours, calibrated, rows, error=1.0, fixed=uniform, random=1
         ),
     }
     if not arguments.skip_vmap:
         contestants["joint step, plain vmap"] = step_of(plain, paper, calibrated, rows, fixed=uniform, random=1)
-    compile_seconds = {name: timed(function) for name, function in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for repeat in range(arguments.repeats):
-        for name, function in contestants.items():
-            if "plain vmap" in name and repeat >= 3:
+    for repeat in range(arguments.repeats + 1):
+        for name, step in contestants.items():
+            if "plain vmap" in name and repeat > 3:
                 continue  # two orders of magnitude need no seven repetitions
-            times[name].append(timed(function))
-    medians = {name: float(np.median(t)) for name, t in times.items()}
-    print(f"{arguments.model}, batch {arguments.batch}, {rows} rows, {jax.devices()[0].platform}")
-    for name, t in times.items():
+            times[name].append(timed(step.run))
+    medians = {name: float(np.median(t[1:])) for name, t in times.items()}
+    print(
+        f"{arguments.model}, batch {arguments.batch}, {rows} rows, {jax.devices()[0].platform}, jax {jax.__version__}"
+    )
+    for name, (_, seconds, memory) in contestants.items():
+        t = times[name][1:]
         print(
-            f"  {name:48} {1e3 * medians[name]:8.1f} ms ({1e3 * min(t):.1f} to {1e3 * max(t):.1f}), first call {compile_seconds[name]:.1f} s"
+            f"  {name:48} {1e3 * medians[name]:8.1f} ms ({1e3 * min(t):.1f} to {1e3 * max(t):.1f}), "
+            f"{memory / 2**20:7.1f} MiB, compiled in {seconds:.1f} s"
         )
     floats = rows * min(medians["float step, our kernels"], medians["float step, XLA's kernels"])
-    for name in medians:
+    least = min(step.memory for name, step in contestants.items() if name.startswith("float"))
+    for name, step in contestants.items():
         if name.startswith("joint"):
-            print(f"  {name} / {rows} float steps: {medians[name] / floats:.2f}")
+            print(
+                f"  {name}: {medians[name] / floats:.2f} of {rows} float steps' time, "
+                f"{step.memory / least:.2f} times one float step's memory"
+            )
+    print(
+        f"  one row at a time / all at once: {medians['joint step, the same, one row at a time'] / medians[JOINT]:.2f}"
+    )
     if not arguments.skip_vmap:
-        ratio = medians["joint step, plain vmap"] / medians["joint step, weights trained (the paper's loss)"]
-        print(f"  plain vmap / ours: {ratio:.1f}")
+        print(f"  plain vmap / ours: {medians['joint step, plain vmap'] / medians[JOINT]:.1f}")
     print(f"  compilations for 20 different policies: {compilations(quantized, calibrated, batch)}")
 
 

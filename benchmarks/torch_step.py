@@ -72,7 +72,7 @@ def contestants(name: str, batch_size: int):
         return functools.partial(step, state, batch, key, fixed)
 
     plain = quantized._replace(apply=functools.partial(quantized.apply, kernels="plain"))
-    ours = step_of(quantized, calibrated, len(widths) + 1, uniform, random=1)
+    ours = step_of(quantized, calibrated, len(widths) + 1, uniform, random=1, rows_at_a_time=1)
 
     tree = flax_seam.unflatten({k: np.asarray(v) for k, v in flax_seam.flatten(calibrated["params"]).items()})
     net = Net(tree, strides, widths, stem_stride, pool)

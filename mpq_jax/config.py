@@ -100,7 +100,8 @@ class Joint:
     random_rows: int = 1
     same_bits: bool = False  # random rows draw one width for weights and activations, as in the paper
     affine_per_row: bool = False
-    rows_at_a_time: int = 0  # 0: all rows in one go
+    rows_at_a_time: int = 0  # so many rows are mapped at once, their gradients summed; 0: one, the fastest on CPU and
+    # the least memory, or all where distillation from the widest row needs them
     accumulate: int = 1  # batches an optimizer step
     average: float = 0.0  # decay of the moving average of the parameters; 0: none
     label_smoothing: float = 0.0

@@ -14,6 +14,7 @@ The results equal those of JAX's own operations but for rounding. Shapes: x [B, 
 [B, oh, ow, O]; depthwise: k [kh, kw, 1, C].
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class Geometry(NamedTuple):
     def padded(self, x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
 
-    def seen(self, x: jax.Array, i: int, j: int, size: Pair) -> jax.Array:
+    def seen(self, x: jax.Array, i: int, j: int, size: tuple[int, ...]) -> jax.Array:
         """Of padded images, what the kernel's offset (i, j) is multiplied with: [B, oh, ow, I]; size: (oh, ow)."""
         rows, columns = (
             slice(at, at + (n - 1) * s + 1, s) for at, n, s in zip((i, j), size, self.strides, strict=True)
@@ -62,8 +63,8 @@ def geometry(params: dict[str, Any], lhs: jax.Array, rhs: jax.Array) -> Geometry
         and 0 not in (*lhs.shape, *rhs.shape)
     ):
         return None
-    padding = tuple((int(low), int(high)) for low, high in params["padding"])
-    return Geometry(params["window_strides"], padding, params["precision"], params["preferred_element_type"])
+    rows, columns = ((int(low), int(high)) for low, high in params["padding"])
+    return Geometry(params["window_strides"], (rows, columns), params["precision"], params["preferred_element_type"])
 
 
 def is_depthwise(params: dict[str, Any], lhs: jax.Array, rhs: jax.Array) -> bool:
@@ -87,9 +88,7 @@ def input_gradient(at: Geometry, image: Pair, dy: jax.Array, k: jax.Array) -> ja
     """dx [B, H, W, I]; image: (H, W)."""
     around: Any = [
         (size - 1 - low, n + low - 1 - (out - 1) * stride)
-        for n, out, size, stride, (low, _) in zip(
-            image, dy.shape[1:3], k.shape, at.strides, at.padding, strict=False
-        )
+        for n, out, size, stride, (low, _) in zip(image, dy.shape[1:3], k.shape, at.strides, at.padding, strict=False)
     ]
     # The barrier keeps XLA from taking the reversal into the convolution, whose layout is then another.
     k = lax.optimization_barrier(k[::-1, ::-1].transpose(0, 1, 3, 2))
@@ -128,14 +127,14 @@ def _offsets_in_both(at: Geometry, kernel: Pair, x: jax.Array, dy: jax.Array) ->
     """Columns in x, rows in dy: x[b, r, q + j] dy[b, r - i, q], with r = p + i the row of x."""
     (height, width), x, columns = kernel, at.padded(x), dy.shape[2]
     of_x = jnp.concatenate([x[:, :, j : j + columns] for j in range(width)], -1)
-    of_dy = jnp.concatenate(
-        [jnp.pad(dy, ((0, 0), (i, height - 1 - i), (0, 0), (0, 0))) for i in range(height)], -1
-    )
+    of_dy = jnp.concatenate([jnp.pad(dy, ((0, 0), (i, height - 1 - i), (0, 0), (0, 0))) for i in range(height)], -1)
     product = _product(of_x, of_dy, at).reshape(width, x.shape[3], height, dy.shape[3])
     return product.transpose(2, 0, 1, 3)
 
 
-def _convolution(x: jax.Array, k: jax.Array, strides: Pair, padding: Any, at: Geometry, spread: Pair = (1, 1)) -> jax.Array:
+def _convolution(
+    x: jax.Array, k: jax.Array, strides: Pair, padding: Any, at: Geometry, spread: Pair = (1, 1)
+) -> jax.Array:
     return lax.conv_general_dilated(
         x,
         k,
@@ -178,8 +177,8 @@ def depthwise(at: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
     height, width = k.shape[:2]
     x = at.padded(x)
     size = tuple((n - m) // s + 1 for n, m, s in zip(x.shape[1:3], k.shape, at.strides, strict=False))
-    y = sum(at.seen(x, i, j, size) * k[i, j, 0] for i in range(height) for j in range(width))
-    return jnp.asarray(y, at.dtype or x.dtype)
+    products = (at.seen(x, i, j, size) * k[i, j, 0] for i in range(height) for j in range(width))
+    return functools.reduce(jnp.add, products).astype(at.dtype or x.dtype)
 
 
 def depthwise_filter_gradient(at: Geometry, kernel: Pair, x: jax.Array, dy: jax.Array) -> jax.Array:

@@ -276,7 +276,8 @@ def make_step(
     fixed: the stack of rows that stay from step to step (the uniform ones; the policy in fine-tuning), an argument of
         the step, so that other policies are no other program; None: one float row.
     random: R rows drawn anew each step from `key` and the state's step number.
-    rows_at_a_time: map so many rows at once and accumulate (0: all). Must divide P.
+    rows_at_a_time: map so many rows at once and accumulate (0: all). Must divide P. Not fewer than all with distillation
+        in place, whose teacher is one of the rows.
     error_weight: as in joint_loss. error_steps: in the first steps there is nothing but that term. Where step sizes
         are far off, the task's gradients of early layers grow with every layer behind them and drown it.
     State leaves of the quantizer are moved on once a step: each row gives its value for the leaf of its own bits, and
@@ -310,7 +311,13 @@ def make_step(
                 sliced=own is not None,
             )
 
-        own = slices(batch, state.rows["index"].shape[0]) if sliced else None
+        rows = state.rows["index"].shape[0]
+        if distill is not None and distill.teacher != "given" and rows_at_a_time not in (0, rows):
+            raise Refusal(
+                f"distillation from the widest row needs all {rows} rows at once, not {rows_at_a_time} at a time; leave "
+                "out rows_at_a_time, or the distillation"
+            )
+        own = slices(batch, rows) if sliced else None
         return _accumulated(loss, state, policies, own, rows_at_a_time)
 
     def step(state: TrainState, batch: Batch, key: jax.Array, fixed: Mapping[str, Bits] | None = None):

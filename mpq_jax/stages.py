@@ -351,7 +351,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
         optimizer,
         random=settings.random_rows,
         same_bits=settings.same_bits,
-        rows_at_a_time=settings.rows_at_a_time,
+        rows_at_a_time=settings.rows_at_a_time or (0 if settings.distill else 1),
         distill=joint.Distill(settings.distill) if settings.distill else None,
         error_weight=settings.error_weight,
         error_steps=_error_steps(settings, steps),
@@ -378,7 +378,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
 
 
 SETTLED = "settled.json"  # beside the checkpoints of a joint training that ended before its steps did
-ALPHA_BATCHES, ALPHA_ROWS = 2, 8  # measured_rows: batches, and policies drawn at once
+ALPHA_BATCHES, ALPHA_ROWS = 2, 8  # measured_rows: batches, and policies drawn together
 
 
 def measured_rows(run: Run, state: joint.TrainState, policies: int) -> RowLog:
@@ -390,8 +390,7 @@ def measured_rows(run: Run, state: joint.TrainState, policies: int) -> RowLog:
     """
     settings, model, task = run.config.joint, run.model, run.task(run.config.joint.label_smoothing)
     variables = joint.row_variables(state, -1, averaged=True)
-    at_once = 1 if settings.rows_at_a_time else ALPHA_ROWS  # where memory is short
-    rows = joint.init_state(variables, optax.identity(), at_once).rows
+    rows = joint.init_state(variables, optax.identity(), 1).rows
     rngs = random_streams(task, jax.random.key(run.config.seed)) if _is_linen(model) else None
 
     @jax.jit
@@ -407,8 +406,8 @@ def measured_rows(run: Run, state: joint.TrainState, policies: int) -> RowLog:
             jax.random.fold_in(key, i), model.layers, model.bit_widths, model.activation_bit_widths, ALPHA_ROWS
         )
         assignments.append(np.asarray(joint.assignment_array(drawn, searched)))
-        for first in range(0, ALPHA_ROWS, at_once):
-            part = jax.tree.map(lambda bits, first=first: bits[first : first + at_once], drawn)
+        for row in range(ALPHA_ROWS):
+            part = jax.tree.map(lambda bits, row=row: bits[row : row + 1], drawn)
             found.append(np.mean([losses(variables["params"], rows, part, batch) for batch in batches], axis=0))
     loss = np.concatenate(found)
     return RowLog(np.zeros(len(loss), np.int32), np.concatenate(assignments), loss, np.zeros_like(loss))

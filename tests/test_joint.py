@@ -114,8 +114,12 @@ def test_rows_at_a_time_change_nothing(stepped, options):
 def test_rows_at_a_time_must_divide(net):
     quantized, variables = net
     step = joint.make_step(quantized, TASK, SGD, rows_at_a_time=2)
+    state = joint.init_state(variables, SGD, 3)
     with pytest.raises(Refusal, match=r"choose one of \[1, 3\]"):
-        step(joint.init_state(variables, SGD, 3), BATCH, jax.random.key(0), uniform(quantized))
+        step(state, BATCH, jax.random.key(0), uniform(quantized))
+    step = joint.make_step(quantized, TASK, SGD, rows_at_a_time=1, distill=joint.Distill(0.3))
+    with pytest.raises(Refusal, match="needs all 3 rows at once, not 1 at a time"):
+        step(state, BATCH, jax.random.key(0), uniform(quantized))
 
 
 def test_slices(net):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mpq_jax import ops
+from mpq_jax import cpu_convolution, ops
 
 NUMBERS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
@@ -30,6 +30,16 @@ def convolution(strides=(1, 1), padding=((1, 1), (1, 1)), groups=1, lhs_dilation
 DOT = {"dimension_numbers": (((2,), (0,)), ((), ())), "precision": None, "preferred_element_type": None}
 CASES = {
     "3x3": ("conv_general_dilated", convolution(), (2, 6, 5, 4), (3, 3, 4, 3)),
+    "3x3 of few channels": ("conv_general_dilated", convolution(), (2, 9, 8, 1), (3, 3, 1, 5)),
+    "image smaller than its kernel": ("conv_general_dilated", convolution(), (2, 2, 2, 4), (3, 3, 4, 3)),
+    "result smaller than the kernel": ("conv_general_dilated", convolution((2, 2)), (2, 4, 5, 4), (3, 3, 4, 3)),
+    "stride leaves rows over": (
+        "conv_general_dilated",
+        convolution((3, 2), ((0, 0), (1, 0))),
+        (2, 8, 7, 2),
+        (3, 4, 2, 3),
+    ),
+    "wide padding": ("conv_general_dilated", convolution(padding=((3, 2), (0, 4))), (2, 4, 5, 2), (2, 3, 2, 3)),
     "1x1 stride 2": ("conv_general_dilated", convolution((2, 2), ((0, 0), (0, 0))), (2, 6, 6, 4), (1, 1, 4, 5)),
     "transposed": ("conv_general_dilated", convolution(lhs_dilation=(2, 2)), (2, 4, 4, 3), (3, 3, 3, 2)),
     "grouped": ("conv_general_dilated", convolution(groups=2), (2, 5, 5, 4), (3, 3, 2, 6)),
@@ -73,6 +83,31 @@ def test_rows_equal_plain(case, batched):
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
     for mine, theirs in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["3x3", "3x3 of few channels", "stride leaves rows over", "depthwise stride 2"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_filter_gradients_of_a_few_samples_at_a_time(case, dtype, monkeypatch):
+    """Summed over parts of the batch: the same as NumPy's sum over positions in float64."""
+    primitive, params, (_, *image), rhs_shape = CASES[case]
+    rng = np.random.default_rng(3)
+    x, k = (jnp.asarray(rng.normal(size=s), dtype) for s in ((10, *image), rhs_shape))
+    monkeypatch.setattr(cpu_convolution, "_COPIED", 1200)
+    monkeypatch.setattr(cpu_convolution, "_MULTIPLIED", 1)
+    y, to_filter = jax.vjp(lambda k: ops.contract(primitive, params)(x, k), k)
+    dy = jnp.asarray(rng.normal(size=y.shape), dtype)
+    assert "scan" in str(jax.make_jaxpr(to_filter)(dy))
+    expected = np.zeros(rhs_shape)
+    padded = np.pad(np.asarray(x, np.float64), ((0, 0), *params["padding"], (0, 0)))
+    for i, j in np.ndindex(*rhs_shape[:2]):
+        rows, columns = (
+            s * np.arange(n) + at for s, n, at in zip(params["window_strides"], y.shape[1:3], (i, j), strict=True)
+        )
+        seen = padded[:, rows[:, None], columns]
+        depthwise = params["feature_group_count"] > 1
+        expected[i, j] = np.einsum("bpqc,bpqc->c" if depthwise else "bpqi,bpqo->io", seen, np.asarray(dy, np.float64))
+    size = 2e-2 if dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(np.asarray(jax.jit(to_filter)(dy)[0], np.float64), expected, rtol=size, atol=size * 10)
 
 
 def test_per_row_gradients():

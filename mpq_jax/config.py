@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from mpq_jax import stopping
+from mpq_jax import compilation_cache, stopping
 from mpq_jax.types import Refusal
 
 
@@ -392,13 +392,15 @@ _DISK = (
 def command(function: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     """A command's main(argv=None): a Refusal, and what a disk refuses, become one line on stderr and exit code 2.
 
-    SIGTERM (stopping.py) ends it with 0, Ctrl-C with 130; the line says how to go on.
+    SIGTERM (stopping.py) ends it with 0, Ctrl-C with 130; the line says how to go on. XLA's programs are kept for the
+    next time (compilation_cache.py).
     """
 
     @functools.wraps(function)
     def main(argv: Sequence[str] | None = None) -> int:
         try:
             with stopping.on_sigterm():
+                compilation_cache.switch_on()
                 return function(argv)
         except Refusal as refusal:
             print(f"error: {one_line(as_typed(str(refusal)))}", file=sys.stderr)

@@ -1,5 +1,11 @@
 """Fixtures that several test files share."""
 
+import os
+from pathlib import Path
+
+# As the Makefile has it: commands that tests call keep their programs here, not in the user's home.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".jax_cache"))
+
 import jax
 import pytest
 

@@ -15,7 +15,8 @@ import numpy as np
 from jax.extend import core
 
 from mpq_jax import ops
-from mpq_jax.origins import INLINED, Origin, constant, propagate, subjaxprs
+from mpq_jax.jaxprs import PLAIN, REMATS, bind, called, contains, evaluate, inner_jaxprs, loop
+from mpq_jax.origins import Origin, constant, propagate
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
 # Products that no quantizer here can take apart; with a parameter in them they count as not reached.
@@ -104,24 +105,17 @@ def _evaluate(
     walk: _Walk, jaxpr: Any, arguments: Sequence[Any], origins: Sequence[Origin], values: Mapping[Any, Any]
 ) -> Walked:
     """The jaxpr's constants come first among the arguments."""
-    env: dict[Any, tuple[Any, Origin]] = {}
     taps: Taps = {}
 
-    def read(atom: Any) -> tuple[Any, Origin]:
-        if isinstance(atom, core.Literal):
-            return atom.val, constant(walk.fresh, atom.val)
-        return env[atom]
+    def equation(eqn: Any, read: list[tuple[Any, Origin]]) -> list[tuple[Any, Origin]]:
+        outs, outs_origins, new = _equation(walk, eqn, [v for v, _ in read], [o for _, o in read], values)
+        taps.update(new)
+        return list(zip(outs, outs_origins, strict=True))
 
-    for variable, argument, origin in zip((*jaxpr.constvars, *jaxpr.invars), arguments, origins, strict=True):
-        env[variable] = (argument, origin)
-    for eqn in jaxpr.eqns:
-        read_in = [read(a) for a in eqn.invars]
-        ins, ins_origins = [v for v, _ in read_in], [o for _, o in read_in]
-        outs, outs_origins, new_taps = _equation(walk, eqn, ins, ins_origins, values)
-        taps.update(new_taps)
-        for variable, out, origin in zip(eqn.outvars, outs, outs_origins, strict=True):
-            env[variable] = (out, origin)
-    results = [read(a) for a in jaxpr.outvars]
+    def literal(atom: core.Literal) -> tuple[Any, Origin]:
+        return atom.val, constant(walk.fresh, atom.val)
+
+    results = evaluate(jaxpr, list(zip(arguments, origins, strict=True)), literal, equation)
     return [v for v, _ in results], [o for _, o in results], taps
 
 
@@ -129,14 +123,11 @@ def _equation(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], valu
     name = eqn.primitive.name
     if name in CONTRACTIONS:
         return _contraction(walk, eqn, ins, origins, values)
-    if any(_has_contraction(sub) for sub in subjaxprs(eqn)):
-        if name in INLINED:
-            inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-            jaxpr, constants = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, [])
-            return _evaluate(
-                walk, jaxpr, [*constants, *ins], [*(constant(walk.fresh, c) for c in constants), *origins], values
-            )
-        if name in ("checkpoint", "remat2", "remat"):
+    if any(contains(inner, (*CONTRACTIONS, *OTHER_CONTRACTIONS)) for inner in inner_jaxprs(eqn)):
+        if (body := called(eqn, PLAIN)) is not None:
+            constants = [constant(walk.fresh, c) for c in body.consts]
+            return _evaluate(walk, body.jaxpr, [*body.consts, *ins], [*constants, *origins], values)
+        if name in REMATS:
             return _checkpoint(walk, eqn, ins, origins, values)
         if name == "scan":
             return _scan(walk, eqn, ins, origins, values)
@@ -145,27 +136,6 @@ def _equation(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], valu
         _note_unreached(walk, eqn, origins)
     outs = bind(eqn, ins)
     return outs, propagate(walk.fresh, eqn, origins), {}
-
-
-def bind(eqn: Any, ins: list[Any]) -> list[Any]:
-    """The equation itself on the values `ins`, with None for outputs that nobody reads.
-
-    Evaluated as a jaxpr of one equation: JAX's public way to keep its derivative rules.
-    """
-    given = {v: x for v, x in zip(eqn.invars, ins, strict=True) if not isinstance(v, core.Literal)}
-    outvars = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
-    names = core.DebugInfo("interpret", eqn.primitive.name, tuple("" for _ in given), tuple("" for _ in outvars))
-    jaxpr = core.Jaxpr([], list(given), outvars, [eqn], eqn.effects, names)
-    outs = iter(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))(*given.values()))
-    return [None if isinstance(v, core.DropVar) else next(outs) for v in eqn.outvars]
-
-
-def _has_contraction(jaxpr: Any) -> bool:
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return any(
-        e.primitive.name in (*CONTRACTIONS, *OTHER_CONTRACTIONS) or any(_has_contraction(s) for s in subjaxprs(e))
-        for e in jaxpr.eqns
-    )
 
 
 def _where(eqn: Any) -> str:
@@ -252,19 +222,9 @@ def _checkpoint(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], va
 
 
 def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: Mapping[Any, Any]) -> Walked:
-    params = eqn.params
-    closed, length = params["jaxpr"], params["length"]
-    n_consts, n_carry = scan_counts(params)
-    consts, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
-    inner = [o._replace(tensor=walk.fresh()) for o in origins]
-    for i in range(n_consts, n_consts + n_carry):
-        # What a step hands to the next stays what it was only if the step returns it untouched.
-        if closed.jaxpr.outvars[i - n_consts] is not closed.jaxpr.invars[i]:
-            inner[i] = Origin((), True, walk.fresh(), False)
-    sliced: set[Any] = {leaf for o in inner[n_consts + n_carry :] for leaf in o.leaves}
-    inner[n_consts + n_carry :] = [
-        o._replace(stack=(*o.stack, len(walk.scans))) if o.leaves else o for o in inner[n_consts + n_carry :]
-    ]
+    closed, consts, carry, xs, length, reverse = loop(eqn, ins)
+    inner, leaves = _origins_inside(walk, eqn, origins)
+    sliced: set[Any] = {*leaves}
     constants = [constant(walk.fresh, c) for c in closed.consts]
     if any(isinstance(key, tuple) for key in values):
         sliced |= _calls_inside(walk, closed, [*constants, *inner])
@@ -274,15 +234,10 @@ def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: 
 
     def body(carry: list[Any], slices: tuple[list[Any], dict[Any, Any]]) -> tuple[list[Any], tuple[list[Any], Taps]]:
         xs, leaf_values = slices
-        outs, outs_origins, taps = _evaluate(
-            walk,
-            closed.jaxpr,
-            [*closed.consts, *consts, *carry, *xs],
-            [*constants, *inner],
-            {**shared_values, **leaf_values},
-        )
+        arguments, given = [*closed.consts, *consts, *carry, *xs], {**shared_values, **leaf_values}
+        outs, outs_origins, taps = _evaluate(walk, closed.jaxpr, arguments, [*constants, *inner], given)
         found.append(outs_origins)
-        return outs[:n_carry], (outs[n_carry:], taps)
+        return outs[: len(carry)], (outs[len(carry) :], taps)
 
     walk.scans = (*walk.scans, length)
     carry, (ys, taps) = jax.lax.scan(
@@ -290,20 +245,23 @@ def _scan(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: 
         carry,
         (xs, sliced_values),
         length=length,
-        reverse=params["reverse"],
-        unroll=params["unroll"],
+        reverse=reverse,
+        unroll=eqn.params["unroll"],
     )
     walk.scans = walk.scans[:-1]
     outs_origins = [o._replace(tensor=walk.fresh(), stack=()) for o in found[-1]]
     return [*carry, *ys], outs_origins, taps
 
 
-def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
-    """How many of a scan's inputs are constants, and how many its carry."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.11 tells it by the trees it was called with
-    return len(list(consts)), len(list(carry))
+def _origins_inside(walk: _Walk, eqn: Any, origins: list[Origin]) -> tuple[list[Origin], set[str]]:
+    """Origins of the operands of a scan's body, and the leaves of which each step gets a slice: stacks of layers."""
+    body, consts, carry, xs, _, _ = loop(eqn, [o._replace(tensor=walk.fresh()) for o in origins])
+    # What a step hands to the next stays what it was only if the step returns it untouched.
+    returned = zip(body.jaxpr.outvars, body.jaxpr.invars[len(consts) :], carry, strict=False)
+    carry = [o if out is given else Origin((), True, walk.fresh(), False) for out, given, o in returned]
+    leaves = {leaf for o in xs for leaf in o.leaves}
+    xs = [o._replace(stack=(*o.stack, len(walk.scans))) if o.leaves else o for o in xs]
+    return [*consts, *carry, *xs], leaves
 
 
 def _calls_inside(walk: _Walk, closed: core.ClosedJaxpr, origins: list[Origin]) -> set[tuple[str, int]]:

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.extend import core
 
-# Calls whose body is a plain jaxpr of the same arguments.
-INLINED = ("jit", "pjit", "closed_call", "core_call")
+from mpq_jax.jaxprs import called, evaluate
+
 Fresh = Callable[[], int]  # a new tensor number
 
 
@@ -37,17 +36,6 @@ def constant(fresh: Fresh, value: Any) -> Origin:
     """The origin of a constant of the program; its sign is known where its value is."""
     known = isinstance(value, (int, float, bool, np.ndarray, np.generic))
     return Origin((), False, fresh(), bool(known and np.all(np.asarray(value) >= 0)))
-
-
-def subjaxprs(eqn: Any) -> list[Any]:
-    """The jaxprs among an equation's parameters: bodies of calls, loops and branches."""
-    found = []
-    for value in eqn.params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            item = getattr(item, "jaxpr", item) if not hasattr(item, "eqns") else item
-            if hasattr(item, "eqns"):
-                found.append(item)
-    return found
 
 
 _SAME_TENSOR = (
@@ -92,19 +80,24 @@ _NEVER_NEGATIVE = ("exp", "exp2", "logistic", "abs", "square", "iota", "argmax",
 
 
 def propagate(fresh: Fresh, eqn: Any, origins: list[Origin]) -> list[Origin]:
-    """The origins of an equation's outputs."""
+    """The origins of an equation's outputs; of a call (jax.nn.relu is one) those that its body gives."""
+    if (body := called(eqn)) is not None:
+        return evaluate(
+            body.jaxpr,
+            [*(constant(fresh, c) for c in body.consts), *origins],
+            lambda literal: constant(fresh, literal.val),
+            lambda inner, ins: propagate(fresh, inner, ins),
+        )
     name = eqn.primitive.name
     data = any(o.data for o in origins)
     weights = [] if data else [o for o in origins if o.leaves]
     leaves = tuple(dict.fromkeys(leaf for o in weights for leaf in o.leaves))
     stack = max((o.stack for o in weights), key=len, default=())
-    inner = _inner_signs(fresh, eqn, origins)
-    result = []
-    for k in range(len(eqn.outvars)):
-        nonnegative = inner[k] if inner is not None else _nonnegative(name, eqn, origins)
-        tensor = origins[0].tensor if name in _SAME_TENSOR and origins else fresh()
-        result.append(Origin(leaves, data, tensor, nonnegative, stack))
-    return result
+    nonnegative = _nonnegative(name, eqn, origins)
+    return [
+        Origin(leaves, data, origins[0].tensor if name in _SAME_TENSOR and origins else fresh(), nonnegative, stack)
+        for _ in eqn.outvars
+    ]
 
 
 def _nonnegative(name: str, eqn: Any, origins: list[Origin]) -> bool:
@@ -124,24 +117,3 @@ def _nonnegative(name: str, eqn: Any, origins: list[Origin]) -> bool:
     if name in _ALL_NONNEGATIVE:
         return all(signs)
     return bool(signs) and name in _KEEPS_SIGN and signs[0]
-
-
-def _inner_signs(fresh: Fresh, eqn: Any, origins: list[Origin]) -> list[bool] | None:
-    """Signs of the outputs of a call (jax.nn.relu is one), by walking its body; None where it has none such."""
-    name = eqn.primitive.name
-    if name not in (*INLINED, "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "checkpoint"):
-        return None
-    bodies = subjaxprs(eqn)
-    if not bodies or len(bodies[0].invars) != len(origins):
-        return None
-    env: dict[Any, Origin] = dict(zip(bodies[0].invars, origins, strict=True))
-
-    def read(atom: Any) -> Origin:
-        if isinstance(atom, core.Literal):
-            return constant(fresh, atom.val)
-        return env.get(atom, Origin((), False, -1, False))
-
-    for inner in bodies[0].eqns:
-        outs = propagate(fresh, inner, [read(a) for a in inner.invars])
-        env.update(zip(inner.outvars, outs, strict=True))
-    return [read(a).nonnegative for a in bodies[0].outvars]

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend import core
 
 from mpq_jax import ops
-from mpq_jax.interpret import Call, scan_counts
-from mpq_jax.origins import subjaxprs
+from mpq_jax.interpret import Call
+from mpq_jax.jaxprs import called, contains, evaluate, inner_jaxprs, loop
 from mpq_jax.types import QuantizedModel
 
 _ADDITIONS = ("add", "add_any", "sub")
@@ -78,25 +77,17 @@ class _Follow:
 
     def through(self, jaxpr: Any, sources: Sequence[Sources]) -> list[Sources]:
         """Sources of the outputs, from those of the inputs (constants have none)."""
-        env: dict[Any, Sources] = dict(zip(jaxpr.invars, sources, strict=True))
-
-        def read(atom: Any) -> Sources:
-            return () if isinstance(atom, core.Literal) else env.get(atom, ())
-
-        for eqn in jaxpr.eqns:
-            outs = self.equation(eqn, [read(atom) for atom in eqn.invars])
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+        constants: list[Sources] = [()] * len(jaxpr.constvars)
+        return evaluate(jaxpr, [*constants, *sources], lambda _: (), self.equation)
 
     def equation(self, eqn: Any, sources: list[Sources]) -> list[Sources]:
         name = eqn.primitive.name
         if name == "name":
             return [self.mark(eqn.params["name"], sources[0])]
-        bodies = [body for body in subjaxprs(eqn) if _has_mark(body)]
-        if name == "scan" and bodies:
+        if (body := called(eqn)) is not None:
+            return self.through(body.jaxpr, sources)
+        if name == "scan" and any(contains(inner, ["name"]) for inner in inner_jaxprs(eqn)):
             return self.scan(eqn, sources)
-        if len(bodies) == 1 and len(bodies[0].invars) == len(sources):
-            return self.through(bodies[0], sources)
         known = [each for each in sources if each]
         if name in _ADDITIONS and len(known) == 2 and known[0] != known[1]:
             first, second = sorted(each[-1] for each in known)
@@ -117,27 +108,19 @@ class _Follow:
         return sources
 
     def scan(self, eqn: Any, sources: list[Sources]) -> list[Sources]:
-        consts, carries = scan_counts(eqn.params)
-        length = eqn.params["length"]
-        steps = reversed(range(length)) if eqn.params["reverse"] else range(length)
-        fixed, carry, xs = sources[:consts], sources[consts : consts + carries], sources[consts + carries :]
-        stacked: list[list[Sources]] = []
-        around = self.steps
-        for step in steps:
-            self.steps = (*around, step)
-            outs = self.through(eqn.params["jaxpr"].jaxpr, [*fixed, *carry, *xs])
-            carry = outs[:carries]
-            stacked.append(outs[carries:])
+        there, around = loop(eqn, sources), self.steps
+
+        def step(number: int, operands: list[Sources]) -> list[Sources]:
+            self.steps = (*around, number)
+            return self.through(there.body.jaxpr, operands)
+
+        outs = there.unrolled(step, lambda x, _: x, _union)
         self.steps = around
-        return [*carry, *(_union(each) for each in zip(*stacked, strict=True))]
+        return outs
 
 
 def _union(sources: Sequence[Sources]) -> Sources:
     return tuple(sorted(set(itertools.chain.from_iterable(sources))))
-
-
-def _has_mark(jaxpr: Any) -> bool:
-    return any(eqn.primitive.name == "name" or any(_has_mark(body) for body in subjaxprs(eqn)) for eqn in jaxpr.eqns)
 
 
 def searched_pairs(model: QuantizedModel, pairs: Sequence[Pair]) -> tuple[Pair, ...]:

@@ -14,10 +14,10 @@ import numpy as np
 from jax.extend import core
 
 from mpq_jax import flax_seam, ops
-from mpq_jax.interpret import Call, bind, scan_counts
+from mpq_jax.interpret import Call
+from mpq_jax.jaxprs import bind, called, evaluate, loop
 from mpq_jax.layers import MAX_BITS, LayerSpec, leaf_paths
 from mpq_jax.operands import place_on_channels
-from mpq_jax.origins import INLINED, subjaxprs
 from mpq_jax.types import Bits, Decoding, Policy, QuantizedModel, Refusal, TensorQuantizer
 
 
@@ -173,9 +173,12 @@ def graph(
         Constant(jnp.asarray(flat[name]), jnp.shape(flat[name]), frozenset([name])) for name in names
     ]
     given = [builder.value(v.aval) for v in closed.jaxpr.invars[len(names) :]]
-    consts = [Constant(jnp.asarray(c), jnp.shape(c), frozenset()) for c in closed.consts]
-    outputs = builder.evaluate(closed.jaxpr, [*consts, *arguments, *given], ())
+    outputs = builder.evaluate(closed.jaxpr, [*_constants(closed), *arguments, *given], ())
     return Graph(tuple(given), tuple(outputs), tuple(_used(builder.nodes, outputs)))
+
+
+def _constants(closed: core.ClosedJaxpr) -> list[Constant]:
+    return [Constant(jnp.asarray(c), jnp.shape(c), frozenset()) for c in closed.consts]
 
 
 def _used(nodes: Sequence[Node], outputs: Iterable[Value | Constant]) -> list[Node]:
@@ -212,44 +215,35 @@ class _Builder:
         return "/".join(part for part in (self.scope, str(eqn.source_info.name_stack)) if part)
 
     def inside(
-        self, eqn: Any, jaxpr: Any, arguments: Sequence[Value | Constant], at: tuple[int, ...]
+        self, eqn: Any, body: core.ClosedJaxpr, operands: Sequence[Value | Constant], at: tuple[int, ...]
     ) -> list[Value | Constant]:
-        """The body of a call or a loop."""
+        """The outputs of the body of a call or a loop, from its operands but for its own constants."""
         outer, self.scope = self.scope, self.where(eqn)
-        outs = self.evaluate(jaxpr, arguments, at)
+        outs = self.evaluate(body.jaxpr, [*_constants(body), *operands], at)
         self.scope = outer
         return outs
 
     def evaluate(
         self, jaxpr: Any, arguments: Sequence[Value | Constant], at: tuple[int, ...]
     ) -> list[Value | Constant]:
-        env: dict[Any, Value | Constant] = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
+        def literal(atom: core.Literal) -> Constant:
+            return Constant(jnp.asarray(atom.val, getattr(atom.aval, "dtype", None)), jnp.shape(atom.val), frozenset())
 
-        def read(atom: Any) -> Value | Constant:
-            if isinstance(atom, core.Literal):
-                return Constant(
-                    jnp.asarray(atom.val, getattr(atom.aval, "dtype", None)), jnp.shape(atom.val), frozenset()
-                )
-            return env[atom]
-
-        for eqn in jaxpr.eqns:
-            outs = self.equation(eqn, [read(a) for a in eqn.invars], at)
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(a) for a in jaxpr.outvars]
+        return evaluate(jaxpr, arguments, literal, lambda eqn, ins: self.equation(eqn, ins, at))
 
     def equation(self, eqn: Any, ins: list[Value | Constant], at: tuple[int, ...]) -> list[Value | Constant]:
-        name = eqn.primitive.name
-        if name in INLINED and eqn.params.get("name") in self.calls:
+        body = called(eqn)
+        if body is not None and eqn.params.get("name") in self.calls:
             return [self.product(eqn, self.calls[eqn.params["name"]], ins, at)]
-        if name == "scan" and any(isinstance(i, Value) for i in ins):
-            return self.scan(eqn, ins, at)
-        bodies = subjaxprs(eqn)
-        if name in (*INLINED, "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2") and bodies:
-            inner = next(
-                v for v in eqn.params.values() if hasattr(v, "eqns") or hasattr(getattr(v, "jaxpr", v), "eqns")
+        if body is not None:
+            return self.inside(eqn, body, ins, at)
+        if eqn.primitive.name == "scan" and any(isinstance(i, Value) for i in ins):
+            there = loop(eqn, ins)
+            return there.unrolled(
+                lambda i, operands: self.inside(eqn, there.body, operands, (*at, i)),
+                lambda x, i: self.run(lambda x: x[i], x),
+                lambda xs: self.run(lambda *xs: jnp.stack(xs), *xs),
             )
-            consts = [Constant(jnp.asarray(c), jnp.shape(c), frozenset()) for c in getattr(inner, "consts", ())]
-            return self.inside(eqn, bodies[0], [*consts, *ins], at)
         if (known := self.known(eqn, ins)) is not None:
             return known
         outs = [self.value(v.aval) for v in eqn.outvars]
@@ -271,29 +265,11 @@ class _Builder:
             return None
         return [Constant(out, out.shape, leaves) for out in bind(eqn, [c.full() for c in constants])]
 
-    def scan(self, eqn: Any, ins: list[Value | Constant], at: tuple[int, ...]) -> list[Value | Constant]:
-        """A loop, written out."""
-        params = eqn.params
-        n_consts, n_carry = scan_counts(params)
-        closed, length = params["jaxpr"], params["length"]
-        fixed = [Constant(jnp.asarray(c), jnp.shape(c), frozenset()) for c in closed.consts] + ins[:n_consts]
-        carry, slices = ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
-        stacked: list[list[Value | Constant]] = []
-        for i in range(length)[:: -1 if params["reverse"] else 1]:
-            sliced = [self.run(functools.partial(lambda x, i: x[i], i=i), x) for x in slices]
-            outs = self.inside(eqn, closed.jaxpr, [*fixed, *carry, *sliced], (*at, i))
-            carry = outs[:n_carry]
-            stacked.append(outs[n_carry:])
-        if params["reverse"]:
-            stacked.reverse()
-        return [*carry, *(self.run(lambda *xs: jnp.stack(xs), *each) for each in zip(*stacked, strict=True))]
-
     def run(self, function: Callable[..., Any], *ins: Value | Constant) -> Value | Constant:
         """A function of our own, traced into the graph."""
         shapes = [jax.ShapeDtypeStruct(i.shape, i.dtype if isinstance(i, Value) else i.value.dtype) for i in ins]
         closed = jax.make_jaxpr(function)(*shapes)
-        consts = [Constant(jnp.asarray(c), jnp.shape(c), frozenset()) for c in closed.consts]
-        return self.evaluate(closed.jaxpr, [*consts, *ins], ())[0]
+        return self.evaluate(closed.jaxpr, [*_constants(closed), *ins], ())[0]
 
     def product(self, eqn: Any, call: Call, ins: list[Value | Constant], at: tuple[int, ...]) -> Value | Constant:
         weight, data = ins[call.weight_side], ins[1 - call.weight_side]

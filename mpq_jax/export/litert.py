@@ -17,8 +17,7 @@ from jax.extend import core
 
 from mpq_jax.export.coded import Coded, coded, pack, unpacked
 from mpq_jax.export.stablehlo import make_program
-from mpq_jax.interpret import bind, scan_counts
-from mpq_jax.origins import INLINED
+from mpq_jax.jaxprs import bind, called, evaluate, loop
 from mpq_jax.types import Policy, QuantizedModel, Refusal
 
 INSTALL = "pip install --no-deps litert-converter"
@@ -187,45 +186,24 @@ def straight_line(closed: core.ClosedJaxpr, *arguments: Any) -> Any:
 
     Under a trace: a value that no argument takes part in stays an array. What lies behind a barrier does not.
     """
-    outs = _evaluate(closed.jaxpr, [*closed.consts, *arguments])
+    outs = _evaluate(closed, arguments)
     return outs[0] if len(outs) == 1 else tuple(outs)
 
 
-def _evaluate(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        outs = _equation(eqn, [read(a) for a in eqn.invars])
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(a) for a in jaxpr.outvars]
+def _evaluate(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
+    return evaluate(closed.jaxpr, [*closed.consts, *arguments], lambda literal: literal.val, _equation)
 
 
 def _equation(eqn: Any, ins: list[Any]) -> list[Any]:
     name, known = eqn.primitive.name, not any(isinstance(x, jax.core.Tracer) for x in ins)
-    if name in (*INLINED, "checkpoint", "remat2", "remat"):
-        inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-        closed = inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, [])
-        return _evaluate(closed.jaxpr, [*closed.consts, *ins])
+    if (body := called(eqn)) is not None:
+        return _evaluate(body, ins)
     if name == "scan" and not known:
-        return _loop(eqn.params, ins)
+        there = loop(eqn, ins)
+        return there.unrolled(
+            lambda _, operands: _evaluate(there.body, operands), lambda x, i: x[i], lambda ys: jnp.stack(ys)
+        )
     if known and name != "optimization_barrier":
         with jax.ensure_compile_time_eval():
             return bind(eqn, ins)
     return bind(eqn, ins)
-
-
-def _loop(params: dict[str, Any], ins: list[Any]) -> list[Any]:
-    n_consts, n_carry = scan_counts(params)
-    consts, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
-    closed, length = params["jaxpr"], params["length"]
-    ys = []
-    for i in reversed(range(length)) if params["reverse"] else range(length):
-        outs = _evaluate(closed.jaxpr, [*closed.consts, *consts, *carry, *(x[i] for x in xs)])
-        carry = outs[:n_carry]
-        ys.append(outs[n_carry:])
-    if params["reverse"]:
-        ys.reverse()
-    return [*carry, *(jnp.stack(y) for y in zip(*ys, strict=True))]

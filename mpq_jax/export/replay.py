@@ -15,7 +15,7 @@ import numpy as np
 from mpq_jax import ops
 from mpq_jax.codes import largest_sum, multiples, product_of_codes
 from mpq_jax.export.graph import Constant, Graph, Node, Product, Value
-from mpq_jax.interpret import bind
+from mpq_jax.jaxprs import bind
 from mpq_jax.numerics import decode, integer_range
 from mpq_jax.types import Decoding, Refusal
 

@@ -295,11 +295,11 @@ def _budget(
     exact = name != "latency"
     table = np.zeros((len(searched), len(bit_widths), len(activation_bit_widths)), np.int64 if exact else np.float64)
     for row, layer in enumerate(searched):
+        own_w = layer.candidates("weight", bit_widths)
+        own_a = layer.candidates("activation", activation_bit_widths)
         for i, w in enumerate(bit_widths):
             for j, a in enumerate(activation_bit_widths):
-                if w in (layer.weight_bit_widths or bit_widths) and a in (
-                    layer.activation_bit_widths or activation_bit_widths
-                ):
+                if w in own_w and a in own_a:
                     table[row, i, j] = kind.cost(layer, Bits(w, a))
     fixed = [kind.cost(layer, layer.bits) for layer in layers if layer.bits is not None]
     together = max([0, *fixed]) if kind.largest else add(fixed)

@@ -40,8 +40,8 @@ def trained_on(model: QuantizedModel, widths: Sequence[int]) -> QuantizedModel:
         if not layer.searched:
             return layer
         return layer._replace(
-            weight_bit_widths=some(layer.weight_bit_widths or model.bit_widths),
-            activation_bit_widths=some(layer.activation_bit_widths or model.activation_bit_widths),
+            weight_bit_widths=some(layer.candidates("weight", model.bit_widths)),
+            activation_bit_widths=some(layer.candidates("activation", model.activation_bit_widths)),
         )
 
     return model._replace(

@@ -302,6 +302,14 @@ def reversed_importance(importance: Importance) -> Importance:
     )
 
 
+def spread(known: Mapping[int, float], every: Sequence[int]) -> np.ndarray:
+    """[K] float64: one layer's harm over all bit-widths, from that at its own candidates.
+
+    Bit-widths that a rule took from the layer repeat the largest: no reader may prefer them.
+    """
+    return np.array([known.get(bits, max(known.values())) for bits in every], np.float64)
+
+
 def repair(importance: Importance) -> tuple[Importance, list[Outlier]]:
     """Isotonic regression over bit-widths: harm must not fall when bits are taken away.
 
@@ -320,15 +328,14 @@ def repair(importance: Importance) -> tuple[Importance, list[Outlier]]:
     }
     for kind, (table, widths) in tables.items():
         for row, layer in enumerate(searched):
-            own = getattr(layer, f"{kind}_bit_widths") or widths
-            columns = [widths.index(b) for b in sorted(own)]
+            own = sorted(layer.candidates(kind, widths))
+            columns = [widths.index(b) for b in own]
             values = table[row, columns]
             rising = np.flatnonzero(values[:-1] < values[1:])
             if len(rising):
                 from scipy.optimize import isotonic_regression  # slow to import, seldom needed
 
                 outliers += [(layer.path, kind, widths[columns[i]]) for i in rising]
-                table[row, columns] = isotonic_regression(values, increasing=False).x
-            others = [k for k in range(len(widths)) if k not in columns]
-            table[row, others] = table[row, columns].max()
+                values = isotonic_regression(values, increasing=False).x
+            table[row] = spread(dict(zip(own, values, strict=True)), widths)
     return importance._replace(weight=tables["weight"][0], activation=tables["activation"][0]), outliers

@@ -45,7 +45,8 @@ def uniform(
     def bits(layer: Layer) -> Bits:
         if layer.bits is not None:
             return layer.bits
-        return Bits(nearest(w, layer.weight_bit_widths or bit_widths or (w,)), nearest(a, shared[layer.path]))
+        own_w = layer.candidates("weight", bit_widths or (w,))
+        return Bits(nearest(w, own_w), nearest(a, shared[layer.path]))
 
     return {layer.path: bits(layer) for layer in layers}
 
@@ -58,12 +59,12 @@ def tied_candidates(layers: Sequence[Layer], activation_bit_widths: Sequence[int
     groups: dict[str, set[int]] = {}
     for layer in layers:
         if layer.searched and layer.tied is not None:
-            own = set(layer.activation_bit_widths or activation_bit_widths)
+            own = set(layer.candidates("activation", activation_bit_widths))
             groups[layer.tied] = groups.get(layer.tied, own) & own
     result = {}
     for layer in layers:
         if layer.searched:
-            candidates = tuple(layer.activation_bit_widths or activation_bit_widths)
+            candidates = layer.candidates("activation", activation_bit_widths)
             if layer.tied is not None:
                 candidates = tuple(b for b in candidates if b in groups[layer.tied])
                 if not candidates:
@@ -107,8 +108,8 @@ def validate(
                 f"{text(layer.bits)}; write [{layer.bits.w}, {layer.bits.a}]"
             )
         if layer.bits is None:
-            allowed_w = layer.weight_bit_widths or bit_widths
-            allowed_a = layer.activation_bit_widths or activation_bit_widths
+            allowed_w = layer.candidates("weight", bit_widths)
+            allowed_a = layer.candidates("activation", activation_bit_widths)
             each = bits.w if isinstance(bits.w, Sequence) else (bits.w,)
             for kind, values, allowed in (("weight", each, allowed_w), ("activation", (bits.a,), allowed_a)):
                 for value in values:

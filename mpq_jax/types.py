@@ -61,6 +61,14 @@ class Layer(NamedTuple):
     activation_bit_widths: tuple[int, ...] | None = None
     channels: int | None = None
 
+    def candidates(self, kind: str, every: Sequence[int]) -> tuple[int, ...]:
+        """The bit-widths that the layer may be given, of its weights or of its activations.
+
+        kind: "weight" or "activation". every: those of the model, for a layer that has none of its own.
+        """
+        own: tuple[int, ...] | None = getattr(self, f"{kind}_bit_widths")
+        return own or tuple(every)
+
 
 class Interaction(NamedTuple):
     """Harm of two decisions together, beside the harm of each alone.

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpq_jax.criteria import sites
 from mpq_jax.criteria.learned import RowLog, fit_alpha, learned
-from mpq_jax.importance import reversed_importance
+from mpq_jax.importance import reversed_importance, spread
 from mpq_jax.types import Importance, Layer, QuantizedModel
 
 
@@ -78,7 +78,7 @@ def _fitted(
     x = np.log(np.maximum(sizes, 1).astype(np.float64))
     result = np.empty_like(table)
     for column, bits in enumerate(widths):
-        has = np.array([bits in (getattr(layer, f"{kind}_bit_widths") or widths) for layer in layers])
+        has = np.array([bits in layer.candidates(kind, widths) for layer in layers])
         if not has.any():
             result[:, column] = table[:, column]
             continue
@@ -90,14 +90,13 @@ def _fitted(
 
 
 def _filled(table: np.ndarray, layers: Sequence[Layer], kind: str, widths: Sequence[int]) -> np.ndarray:
-    """Entries at bit-widths that a rule took from a layer repeat the largest of the row."""
-    table = table.copy()
-    for row, layer in enumerate(layers):
-        own = getattr(layer, f"{kind}_bit_widths") or widths
-        kept = [widths.index(b) for b in own]
-        others = [k for k in range(len(widths)) if k not in kept]
-        table[row, others] = table[row, kept].max()
-    return table
+    """[L, K]: each row what `importance.spread` makes of its entries at the layer's own candidates."""
+    return np.array(
+        [
+            spread({b: values[widths.index(b)] for b in layer.candidates(kind, widths)}, widths)
+            for values, layer in zip(table, layers, strict=True)
+        ]
+    )
 
 
 def _with_alpha(table: Importance, log: RowLog | None) -> Importance:

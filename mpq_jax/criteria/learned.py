@@ -10,6 +10,7 @@ import numpy as np
 
 from mpq_jax import flax_seam
 from mpq_jax.files import whole
+from mpq_jax.importance import spread
 from mpq_jax.layers import leaf_paths
 from mpq_jax.types import Importance, Layer, QuantizedModel, Quantizer, Refusal
 
@@ -75,7 +76,7 @@ def learned(model: QuantizedModel, variables: Mapping[str, Any], log: RowLog | N
     weight[l, i] and activation[l, j] are the indicators s_w and s_a of LIMPQ's objective
     sum_l (s_a[l, j] + alpha s_w[l, i]); for other quantizers, their grid's spacing in input units.
     log: with it alpha is fitted (`fit_alpha`), else None.
-    Entries at bit-widths that a rule took from a layer repeat the largest of the row: no reader may prefer them.
+    Entries at bit-widths that a rule took from a layer are filled in by `importance.spread`.
     Raises Refusal for a quantizer that has none (PACT: its weights, as DoReFa's, have nothing to learn).
     """
     if reason := unlearnable(model.quantizer):
@@ -96,11 +97,10 @@ def learned(model: QuantizedModel, variables: Mapping[str, Any], log: RowLog | N
 
 
 def _row(model: QuantizedModel, variables: Mapping[str, Any], layer: Layer, kind: str) -> np.ndarray:
-    """[K] float64: the indicators of one layer at the global bit-widths."""
+    """[K] float64: the indicators of one layer, filled in by `importance.spread`."""
     spec = next(s for s in model.specs.values() if layer.path in s.paths)
     weight = kind == "weight"
     every = model.bit_widths if weight else model.activation_bit_widths
-    own = (layer.weight_bit_widths if weight else layer.activation_bit_widths) or every
     held = spec.weight_bit_widths if weight else spec.activation_bit_widths
     quantizer = model.quantizer.weight if weight else model.quantizer.activation
     position = np.unravel_index(spec.paths.index(layer.path), spec.stack) if spec.stack else ()
@@ -113,8 +113,7 @@ def _row(model: QuantizedModel, variables: Mapping[str, Any], layer: Layer, kind
         assert quantizer.indicator is not None
         return float(quantizer.indicator(at, jnp.int32(bits), weight or spec.signed))
 
-    known = {bits: indicator(bits) for bits in own}
-    return np.array([known.get(bits, max(known.values())) for bits in every])
+    return spread({bits: indicator(bits) for bits in layer.candidates(kind, every)}, every)
 
 
 def fit_alpha(importance: Importance, log: RowLog) -> float:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from mpq_jax.criteria import Measured, sites
+from mpq_jax.importance import spread
 from mpq_jax.joint import Batch, Task
 from mpq_jax.types import Bits, Layer, Policy, QuantizedModel, Refusal
 
@@ -41,9 +42,9 @@ def one_at_a_time(
     for layer in model.layers:
         if layer.searched:
             own_w, own_a = _candidates(layer, model)
-            weight.append(_row({b: mean_loss(layer.path, w=b) - reference for b in own_w}, model.bit_widths))
+            weight.append(spread({b: mean_loss(layer.path, w=b) - reference for b in own_w}, model.bit_widths))
             rises = {b: mean_loss(layer.path, a=b) - reference for b in own_a}
-            activation.append(_row(rises, model.activation_bit_widths))
+            activation.append(spread(rises, model.activation_bit_widths))
     evaluations = 1 + sum(len(own) for layer in model.layers if layer.searched for own in _candidates(layer, model))
     samples = sum(sites.samples_of(batch) for batch in batches)
     return Measured(
@@ -55,7 +56,7 @@ def one_at_a_time(
 
 
 def _candidates(layer: Layer, model: QuantizedModel) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return (layer.weight_bit_widths or model.bit_widths, layer.activation_bit_widths or model.activation_bit_widths)
+    return layer.candidates("weight", model.bit_widths), layer.candidates("activation", model.activation_bit_widths)
 
 
 def _as_it_is(layer: Layer, model: QuantizedModel, others: str) -> Bits:
@@ -67,8 +68,3 @@ def _as_it_is(layer: Layer, model: QuantizedModel, others: str) -> Bits:
 def _traced(policy: dict[str, Bits]) -> dict[str, Bits]:
     """Bits as arrays: any policy is the same program."""
     return {path: Bits(np.int32(bits.w), np.int32(bits.a)) for path, bits in policy.items()}
-
-
-def _row(known: dict[int, float], every: tuple[int, ...]) -> list[float]:
-    """Over all bit-widths; those that a rule took from the layer repeat the largest."""
-    return [known.get(bits, max(known.values())) for bits in every]

@@ -15,6 +15,7 @@ import numpy as np
 from mpq_jax.criteria import Measured, sites
 from mpq_jax.criteria.coupling import Pair
 from mpq_jax.criteria.learned import RowLog
+from mpq_jax.importance import spread
 from mpq_jax.types import Interaction, QuantizedModel, Refusal
 
 FEWEST_ROWS = 20
@@ -62,12 +63,12 @@ def decisions(model: QuantizedModel) -> list[Decision]:
     """Weight bits of every searched layer, then activation bits of every group that `joint.random_rows` draws as one."""
     searched = [layer for layer in model.layers if layer.searched]
     found = [
-        Decision((row,), "w", tuple(sorted(layer.weight_bit_widths or model.bit_widths)))
+        Decision((row,), "w", tuple(sorted(layer.candidates("weight", model.bit_widths))))
         for row, layer in enumerate(searched)
     ]
     groups: dict[tuple[str, bool, tuple[int, ...]], list[int]] = {}
     for row, layer in enumerate(searched):
-        candidates = tuple(sorted(layer.activation_bit_widths or model.activation_bit_widths))
+        candidates = tuple(sorted(layer.candidates("activation", model.activation_bit_widths)))
         tied = layer.tied is not None
         groups.setdefault((layer.tied if layer.tied is not None else layer.path, tied, candidates), []).append(row)
     return found + [Decision(tuple(rows), "a", key[2]) for key, rows in groups.items()]
@@ -256,14 +257,14 @@ def _by_unit(units: Sequence[Decision], effects: np.ndarray) -> list[np.ndarray]
 
 
 def _tables(model: QuantizedModel, units: Sequence[Decision], effects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[L, Kw], [L, Ka]: 0 at the widest candidate; bit-widths that a rule took from a layer repeat the largest."""
+    """[L, Kw], [L, Ka]: 0 at the widest candidate; rows are filled in by `importance.spread`."""
     layers = len(sites.searched_paths(model))
     tables: dict[str, Any] = {"w": [None] * layers, "a": [None] * layers}
     every = {"w": model.bit_widths, "a": model.activation_bit_widths}
     for unit, values in zip(units, _by_unit(units, effects), strict=True):
         harm = dict(zip(unit.candidates, (values - values[-1]) / len(unit.rows), strict=True))
         for row in unit.rows:
-            tables[unit.kind][row] = [harm.get(bits, max(harm.values())) for bits in every[unit.kind]]
+            tables[unit.kind][row] = spread(harm, every[unit.kind])
     return np.array(tables["w"], np.float64), np.array(tables["a"], np.float64)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax import ops
+from mpq_jax.importance import spread
 from mpq_jax.interpret import Call
 from mpq_jax.joint import Batch, Task
 from mpq_jax.layers import LayerSpec
@@ -122,20 +123,16 @@ def make_squared_errors(model: QuantizedModel, task: Task) -> Callable[[Any, Bat
 
 
 def layer_rows(model: QuantizedModel, kind: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[L, K] float64 over the global bit-widths, from leaf -> [*stack, K of the leaf].
-
-    Entries at bit-widths that a rule took from a layer repeat the largest of the row: no reader may prefer them.
-    """
+    """[L, K] float64 over the global bit-widths, filled in by `importance.spread`, from leaf -> [*stack, K of the leaf]."""
     every = model.bit_widths if kind == "weight" else model.activation_bit_widths
     rows = []
     for layer in model.layers:
         if layer.searched:
             leaf, position = place(model, layer.path)
             held = getattr(model.specs[leaf], f"{kind}_bit_widths")
-            own = getattr(layer, f"{kind}_bit_widths") or every
             at = np.asarray(values[leaf], np.float64)[position]
-            known = {bits: float(at[held.index(bits)]) for bits in own}
-            rows.append([known.get(bits, max(known.values())) for bits in every])
+            own = layer.candidates(kind, every)
+            rows.append(spread({bits: float(at[held.index(bits)]) for bits in own}, every))
     return np.array(rows)
 
 
@@ -151,7 +148,7 @@ def uniform_activations(model: QuantizedModel, criterion: str, weight: np.ndarra
     """
     layers = []
     for layer in model.layers:
-        allowed = layer.activation_bit_widths or model.activation_bit_widths
+        allowed = layer.candidates("activation", model.activation_bit_widths)
         if layer.searched and bits not in allowed:
             raise Refusal(
                 f"uniform_activations is {bits}, but the activation candidates of layer {layer.path!r} are "

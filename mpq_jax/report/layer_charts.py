@@ -210,9 +210,7 @@ def _bits_title(i: int, layer: Layer, bits: dict[str, Bits]) -> str:
 def offered(report: Report, layer: Layer, kind: str) -> tuple[int, ...]:
     """The widths that a layer may have."""
     table = report.importance
-    if kind == "weight":
-        return layer.weight_bit_widths or table.bit_widths
-    return layer.activation_bit_widths or table.activation_bit_widths
+    return layer.candidates(kind, table.bit_widths if kind == "weight" else table.activation_bit_widths)
 
 
 def heat_map(report: Report) -> HeatMap:

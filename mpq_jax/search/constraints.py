@@ -102,8 +102,8 @@ def allowed_pairs(importance: Importance) -> np.ndarray:
     for row, layer in enumerate(searched):
         if layer.weight_bit_widths is None and layer.activation_bit_widths is None:
             continue
-        w = np.isin(widths, layer.weight_bit_widths or widths)
-        a = np.isin(activation_widths, layer.activation_bit_widths or activation_widths)
+        w = np.isin(widths, layer.candidates("weight", widths))
+        a = np.isin(activation_widths, layer.candidates("activation", activation_widths))
         allowed[row] = w[:, None] & a
     for rule in map(parse_rule, importance.rules):
         if rule.pair is None:
@@ -114,7 +114,7 @@ def allowed_pairs(importance: Importance) -> np.ndarray:
                 continue
             allowed[row] &= holds
             if not allowed[row].any():
-                has_w, has_a = (layer.weight_bit_widths or widths), (layer.activation_bit_widths or activation_widths)
+                has_w, has_a = layer.candidates("weight", widths), layer.candidates("activation", activation_widths)
                 raise Refusal(
                     f"rule {rule.text!r} leaves layer {layer.path!r} no bits; its candidates are W "
                     f"{'/'.join(map(str, has_w))}, A {'/'.join(map(str, has_a))}, and all rules that match hold together"

@@ -145,7 +145,7 @@ def quantized(config: Config, model: FloatModel, features: Features) -> Quantize
         **(model.eval_kwargs or {}),
     )
     if factories.is_factory(config.model.name):
-        trial.check(model, found, shapes, features, config.model.name)
+        trial.check_calls(model, found, shapes, features, config.model.name)
     return found
 
 

@@ -26,7 +26,7 @@ from mpq_jax.files import check_out, write_json
 from mpq_jax.types import Bits, Layer, Refusal
 
 if TYPE_CHECKING:
-    from mpq_jax.products import Measured, Product, Use
+    from mpq_jax.products import ProductShape, Times, Use
 
 FLOAT = Bits(32, 32)
 SLOWER = 1.05  # less is noise
@@ -55,7 +55,7 @@ def pairs_of(layer: Layer, bit_widths: Sequence[int], activation_bit_widths: Seq
     return [*(Bits(w, a) for w in weights for a in activations), FLOAT]
 
 
-def layer_times(uses: Sequence["Use"], measured: Mapping["Product", "Measured"]) -> dict[str, float]:
+def layer_times(uses: Sequence["Use"], measured: Mapping["ProductShape", "Times"]) -> dict[str, float]:
     """Kernel name -> milliseconds of one layer: the medians of its products, summed. Kernels that all of them have."""
     names = [name for name in measured[uses[0].product].rounds if all(name in measured[u.product].rounds for u in uses)]
     return {name: sum(u.runs * float(np.median(measured[u.product].rounds[name])) for u in uses) for name in names}
@@ -64,7 +64,7 @@ def layer_times(uses: Sequence["Use"], measured: Mapping["Product", "Measured"])
 def table(
     layers: Sequence[Layer],
     uses: Mapping[str, Sequence["Use"]],
-    measured: Mapping["Product", "Measured"],
+    measured: Mapping["ProductShape", "Times"],
     bit_widths: Sequence[int],
     activation_bit_widths: Sequence[int],
 ) -> Table:
@@ -84,7 +84,7 @@ def table(
 def to_json(
     entries: Table,
     uses: Mapping[str, Sequence["Use"]],
-    measured: Mapping["Product", "Measured"],
+    measured: Mapping["ProductShape", "Times"],
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The file's value. Beside "layers", which searches read: which kernel each pair runs as, and what was measured."""
@@ -92,7 +92,7 @@ def to_json(
     def keyed(take: Callable[[Entry], Any]) -> dict[str, dict[str, Any]]:
         return {path: {f"{b.w},{b.a}": take(entry) for b, entry in row.items()} for path, row in entries.items()}
 
-    def of(product: "Product") -> dict[str, Any]:
+    def of(product: "ProductShape") -> dict[str, Any]:
         found = measured[product]
         quarters = {name: np.quantile(rounds, (0.25, 0.5, 0.75)) for name, rounds in found.rounds.items()}
         return {
@@ -127,7 +127,7 @@ def report(
     layers: Sequence[Layer],
     entries: Table,
     uses: Mapping[str, Sequence["Use"]],
-    measured: Mapping["Product", "Measured"],
+    measured: Mapping["ProductShape", "Times"],
 ) -> str:
     """Milliseconds of every layer in every kernel, which widths share one, and what uniform policies add up to."""
     from mpq_jax.products import KERNELS
@@ -144,7 +144,7 @@ def report(
     return "\n".join(lines)
 
 
-def _missing(measured: Mapping["Product", "Measured"]) -> list[str]:
+def _missing(measured: Mapping["ProductShape", "Times"]) -> list[str]:
     lines = []
     for name in dict.fromkeys(name for found in measured.values() for name in found.missing):
         reasons = [found.missing[name] for found in measured.values() if name in found.missing]

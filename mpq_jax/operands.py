@@ -109,15 +109,15 @@ def operand_of(
 
 
 # (tensor, bits) -> the tensor on its grid
-Grid = Callable[[jax.Array, jax.Array], jax.Array]
+FakeQuant = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def grids(
+def fake_quants(
     spec: LayerSpec, quantizer: Quantizer, call: Call, weight: jax.Array, value: Mapping[str, Any]
-) -> tuple[Grid, Grid]:
-    """The grids of one layer's weight operand and of its activations, as functions (x, bits) -> x_hat.
+) -> tuple[FakeQuant, FakeQuant]:
+    """(of the weight, of the activations): what puts one layer's operands on their grids, (x, bits) -> x_hat.
 
-    value: the layer's entry of `quantize.learned_leaves`, the part of its own place in the stack.
+    value: the layer's entry of `quantized_model.learned_leaves`, the part of its own place in the stack.
     """
 
     def weight_grid(x: jax.Array, bits: jax.Array) -> jax.Array:

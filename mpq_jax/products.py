@@ -63,7 +63,7 @@ def kernel_for(bits: Bits, has: Collection[str], own: str) -> str:
 # ---- which products a model has -----------------------------------------------------------------------------------
 
 
-class Product(NamedTuple):
+class ProductShape(NamedTuple):
     """What tells one product from another: the operation, its operands' shapes, and the operation's parameters."""
 
     primitive: str
@@ -102,7 +102,7 @@ class Product(NamedTuple):
 class Use(NamedTuple):
     """A product that a layer runs so many times for one batch, in a float model of type `own`."""
 
-    product: Product
+    product: ProductShape
     runs: int
     own: str
 
@@ -117,7 +117,7 @@ def uses(model: QuantizedModel, variables: Any, *inputs: Any, **kwargs: Any) -> 
     def record(call: Call, lhs: jax.Array, rhs: jax.Array, _: Any) -> tuple[jax.Array, Any]:
         fields = ops.FIELDS[call.primitive]
         params = tuple((name, call.params[name]) for name in fields if name != "preferred_element_type")
-        product = Product(call.primitive, lhs.shape, rhs.shape, params)
+        product = ProductShape(call.primitive, lhs.shape, rhs.shape, params)
         found[call.leaf, call.number] = Use(product, 1, jnp.result_type(lhs, rhs).name), call.scans
         return ops.contract(call.primitive, call.params, "plain")(lhs, rhs), None
 
@@ -134,14 +134,14 @@ def uses(model: QuantizedModel, variables: Any, *inputs: Any, **kwargs: Any) -> 
 # ---- one product, in JAX and in NumPy -----------------------------------------------------------------------------
 
 
-def codes(product: Product, kernel: Kernel, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def codes(product: ProductShape, kernel: Kernel, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Operands of random integers, int8 [lhs shape] and [rhs shape], over all that the kernel holds; 8 bits at most."""
     half = 2 ** (min(kernel.bits, 8) - 1)
     rng = np.random.default_rng(seed)
     return tuple(rng.integers(-half, half, shape, np.int8) for shape in (product.lhs, product.rhs))  # type: ignore[return-value]
 
 
-def reference(product: Product, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+def reference(product: ProductShape, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
     """The product of integer codes in NumPy, float64: exact below 2^53."""
     lhs, rhs, params = lhs.astype(np.float64), rhs.astype(np.float64), dict(product.params)
     return (_dot if product.primitive == "dot_general" else _convolution)(lhs, rhs, params)
@@ -190,7 +190,7 @@ def _convolution(lhs: np.ndarray, rhs: np.ndarray, params: Mapping[str, Any]) ->
     return out.transpose(np.argsort(numbers.out_spec))
 
 
-def repeated(product: Product, kernel: Kernel, calls: int) -> Callable[..., Any]:
+def repeated(product: ProductShape, kernel: Kernel, calls: int) -> Callable[..., Any]:
     """(lhs, rhs) -> (out, []): the product `calls` times, one after another, in one compiled program.
 
     Each run's operands pass a barrier together with a sum over the runs before it, so that XLA can neither run the
@@ -214,7 +214,7 @@ def repeated(product: Product, kernel: Kernel, calls: int) -> Callable[..., Any]
 # ---- measuring ----------------------------------------------------------------------------------------------------
 
 
-class Measured(NamedTuple):
+class Times(NamedTuple):
     """What was measured of one product: kernel name -> milliseconds of each round; kernel name -> why it is missing."""
 
     calls: int
@@ -222,17 +222,17 @@ class Measured(NamedTuple):
     missing: dict[str, str]
 
 
-def calls_of(product: Product) -> int:
+def calls_of(product: ProductShape) -> int:
     """How many times a measurement runs the product."""
     allowed = MACS_A_CALL_ON_CPU if jax.default_backend() == "cpu" else MACS_A_CALL
     return max(1, min(MOST_CALLS, allowed // max(1, product.macs)))
 
 
-def _on_device(product: Product, kernel: Kernel) -> list[jax.Array]:
+def _on_device(product: ProductShape, kernel: Kernel) -> list[jax.Array]:
     return [jax.device_put(x.astype(jnp.dtype(kernel.name))) for x in codes(product, kernel)]
 
 
-def fault(product: Product, kernel: Kernel, run: Callable[..., Any]) -> str | None:
+def fault(product: ProductShape, kernel: Kernel, run: Callable[..., Any]) -> str | None:
     """Why the device does not have this kernel for this product, in one line; None where its result is NumPy's.
 
     Floating results are compared after rounding: they are integers, and fast convolutions may leave some noise.
@@ -245,7 +245,9 @@ def fault(product: Product, kernel: Kernel, run: Callable[..., Any]) -> str | No
     return f"{wrong} of {out.size} numbers of its result are wrong" if wrong else None
 
 
-def measure(products: Iterable[Product], rounds: int, clock: Clock = time.perf_counter) -> dict[Product, Measured]:
+def measure(
+    products: Iterable[ProductShape], rounds: int, clock: Clock = time.perf_counter
+) -> dict[ProductShape, Times]:
     """Each product once, in every kernel that the device has for it.
 
     Compiled once and checked; then in each round, product by product, each kernel is called once untimed and once
@@ -253,12 +255,12 @@ def measure(products: Iterable[Product], rounds: int, clock: Clock = time.perf_c
     product only are held at a time. clock() -> seconds.
     Raises Refusal where a product does not run in float32.
     """
-    results: dict[Product, Measured] = {}
-    runs: dict[Product, dict[Kernel, Callable[..., Any]]] = {}
+    results: dict[ProductShape, Times] = {}
+    runs: dict[ProductShape, dict[Kernel, Callable[..., Any]]] = {}
     different = list(dict.fromkeys(products))
     with progress(different, len(different), "compiled and checked") as bar:
         for product in bar:
-            results[product] = Measured(calls_of(product), {}, {})
+            results[product] = Times(calls_of(product), {}, {})
             runs[product] = {}
             for kernel in KERNELS:
                 run = repeated(product, kernel, results[product].calls)

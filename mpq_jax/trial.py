@@ -43,7 +43,9 @@ def shapes(model: FloatModel, inputs: Sequence[Any], name: str) -> Mapping[str, 
         raise Refusal(_call_failed(model, inputs, model.eval_kwargs, name, error)) from None
 
 
-def check(model: FloatModel, quantized: QuantizedModel, variables: Any, features: Mapping[str, Any], name: str) -> None:
+def check_calls(
+    model: FloatModel, quantized: QuantizedModel, variables: Any, features: Mapping[str, Any], name: str
+) -> None:
     """Calls the float model in evaluation and in training, its loss and what it calls right, in shapes of 2 examples.
 
     Raises Refusal where one of them fails, or gives something of another shape than it should.

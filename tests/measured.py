@@ -1,7 +1,7 @@
 """Searches on made problems: what a policy does is known, and nothing is trained."""
 
 from mpq_jax.importance import total
-from mpq_jax.search.journal import Journal, Measured
+from mpq_jax.search.journal import Journal, Outcome
 
 
 class Known:
@@ -15,7 +15,7 @@ class Known:
             raise KeyboardInterrupt
         self.calls += 1
         loss = total(self.importance, policy)
-        return Measured(loss, 1 - loss / 100)
+        return Outcome(loss, 1 - loss / 100)
 
 
 def losses(journal):

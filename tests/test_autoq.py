@@ -10,7 +10,7 @@ from tables import budgets_of
 from mpq_jax import Bits, Importance, Layer, Refusal, costs
 from mpq_jax.policy import validate
 from mpq_jax.search import autoq
-from mpq_jax.search.journal import Ended, Journal, Measured
+from mpq_jax.search.journal import Ended, Journal, Outcome
 from mpq_jax.search.methods import Autoq
 from mpq_jax.search.problem import build
 
@@ -48,7 +48,7 @@ class Suffering:
             if not self.left:
                 raise KeyboardInterrupt
             self.left -= 1
-        return Measured(self.loss(policy), 1 - min(self.loss(policy), 10) / 10)
+        return Outcome(self.loss(policy), 1 - min(self.loss(policy), 10) / 10)
 
 
 def spreads(variances):

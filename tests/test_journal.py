@@ -7,7 +7,7 @@ import pytest
 from tables import budgets_of, cost_by_hand, made
 
 from mpq_jax import Bits, Refusal
-from mpq_jax.search.journal import Ended, Journal, Measured
+from mpq_jax.search.journal import Ended, Journal, Outcome
 
 TABLE = made(2, layers=2)
 BUDGETS = budgets_of(TABLE, "bitops=W4A4", "size=W4")
@@ -30,7 +30,7 @@ def opened(path, clock, losses, **limits):
     def evaluate(policy):
         assert policy["first"] == Bits(8, 8)  # fixed layers are filled in
         clock.now += 2
-        return Measured(next(given), 0.5)
+        return Outcome(next(given), 0.5)
 
     return Journal(path, TABLE, BUDGETS, evaluate, clock=clock, **limits)
 
@@ -43,7 +43,7 @@ def test_lines(tmp_path):
     clock = Clock()
     journal = opened(tmp_path / "log.jsonl", clock, [1.5, math.nan])
     clock.now += 1  # what the search itself takes
-    assert journal.measure(searched(1), generation=3) == Measured(1.5, 0.5)
+    assert journal.measure(searched(1), generation=3) == Outcome(1.5, 0.5)
     journal.measure(searched(2))
     first, second = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     policy = {"first": Bits(8, 8), **searched(1), "last": Bits(32, 32)}
@@ -112,7 +112,7 @@ def test_limits(tmp_path):
 
 def test_a_policy_over_a_budget_is_never_measured(tmp_path):
     tight = [budget._replace(limit=budget.fixed) for budget in BUDGETS]
-    journal = Journal(tmp_path / "a", TABLE, tight, lambda policy: Measured(0.0, 1.0))
+    journal = Journal(tmp_path / "a", TABLE, tight, lambda policy: Outcome(0.0, 1.0))
     with pytest.raises(AssertionError, match="over its budget"):
         journal.measure(searched(0))
     assert not (tmp_path / "a").exists()

@@ -17,7 +17,7 @@ from tables import best_by_force
 import search
 from mpq_jax import Bits, Importance, Layer, Refusal, costs, latency, products
 from mpq_jax.importance import save_importance
-from mpq_jax.products import KERNELS, Kernel, Measured, Product, Use
+from mpq_jax.products import KERNELS, Kernel, ProductShape, Times, Use
 from mpq_jax.quantized_model import quantize
 from mpq_jax.search import solve
 
@@ -167,12 +167,12 @@ def conv(lhs, rhs, strides=None, padding=None, up=None, dilation=None, groups=1,
         "batch_group_count": batch_groups,
         "precision": None,
     }
-    return Product("conv_general_dilated", lhs, rhs, tuple(params.items()))
+    return ProductShape("conv_general_dilated", lhs, rhs, tuple(params.items()))
 
 
 def dot(lhs, rhs, sums, batch=((), ())):
     params = {"dimension_numbers": (sums, batch), "precision": None}
-    return Product("dot_general", lhs, rhs, tuple(params.items()))
+    return ProductShape("dot_general", lhs, rhs, tuple(params.items()))
 
 
 def conv_by_loops(product, lhs, rhs):
@@ -340,8 +340,8 @@ def test_every_layer_has_every_pair(net):
 
 A, B = PRODUCTS["dense"], PRODUCTS["plain"]
 MADE = {
-    A: Measured(4, {"int8": [1.0, 9.0, 2.0], "bfloat16": [4.0] * 3, "float32": [1.0, 1.0, 5.0]}, {"int4": "E: no"}),
-    B: Measured(1, {"bfloat16": [10.0] * 3, "float32": [30.0, 20.0, 10.0]}, {"int4": "E: no", "int8": "E: slow"}),
+    A: Times(4, {"int8": [1.0, 9.0, 2.0], "bfloat16": [4.0] * 3, "float32": [1.0, 1.0, 5.0]}, {"int4": "E: no"}),
+    B: Times(1, {"bfloat16": [10.0] * 3, "float32": [30.0, 20.0, 10.0]}, {"int4": "E: no", "int8": "E: slow"}),
 }
 USES = {"a": [Use(A, 1, "float32")], "b": [Use(A, 3, "bfloat16"), Use(B, 2, "bfloat16")]}
 LAYERS = (Layer("a", 15, 30, True), Layer("b", 9, 90, False, Bits(8, 8)))

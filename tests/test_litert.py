@@ -80,7 +80,7 @@ def test_grids_find_their_weights_in_any_layout(quantizer):
     """The constants that a converter makes of a layer: the fake-quantized kernel, transposed. Anything else is none."""
     model, variables, _ = made(quantizer, dense(6, (10,)), jnp.ones((2, 5)) * jnp.arange(5.0))
     policy = {"dense0": Bits(8, 8), "head": Bits(8, 8)}
-    every, tables = litert.grids(coded(model, variables, policy, jnp.ones((1, 5))))
+    every, tables = litert.integer_weights(coded(model, variables, policy, jnp.ones((1, 5))))
     assert not tables and [grid.name for grid in every] == ["dense0/kernel", "head/kernel"]
     kernel, spec = np.asarray(variables["params"]["head"]["kernel"]), model.specs["head/kernel"]
     if quantizer.name == "lsq":
@@ -91,12 +91,12 @@ def test_grids_find_their_weights_in_any_layout(quantizer):
         s = np.float32(np.abs(t).max() / n)
         integers = 2 * np.round(n * (t / (2 * np.abs(t).max()) + 0.5)) - n
     values = (integers.astype(np.float32) * s).astype(np.float32).T.reshape(6, 1, 10)
-    found, axis = litert.on_grid(values, every[1])
+    found, axis = litert.integers_in(values, every[1])
     np.testing.assert_array_equal(found, integers.T.reshape(6, 1, 10))
     assert axis == 0
-    assert litert.on_grid(values, every[0]) is None
+    assert litert.integers_in(values, every[0]) is None
     values[2, 0, 3] *= 1.001
-    assert litert.on_grid(values, every[1]) is None
+    assert litert.integers_in(values, every[1]) is None
 
 
 def test_without_the_converter(monkeypatch):

@@ -10,7 +10,7 @@ from made_models import dense
 
 from mpq_jax import Bits, Refusal, flax_seam
 from mpq_jax.export import stablehlo
-from mpq_jax.export.coded import Weight, coded, pack, unpacked
+from mpq_jax.export.coded import Container, coded, contained, unpacked
 from mpq_jax.quantized_model import quantize
 from mpq_jax.quantizers import lq_nets, lsq, pact, qil
 
@@ -73,11 +73,11 @@ def test_packed_codes_are_their_bits_in_a_row(container, signed):
     """Bytes against the numbers' binary digits written one after another; an odd number of codes, two layers."""
     low = -(2 ** (container - 1)) if signed else 0
     codes = np.random.default_rng(0).integers(low, low + 2**container, (2, 3, 5))
-    held = pack(codes.reshape(2, -1), container, signed)
+    held = contained(codes.reshape(2, -1), container, signed)
     for layer in range(2):
         digits = [(int(c) >> i) & 1 for c in codes[layer].ravel() for i in range(container)]
         assert held[layer].tobytes() == np.packbits(digits, bitorder="little").tobytes()
-        again = unpacked(jnp.asarray(held[layer]), Weight((3, 5), container, signed, True, None))
+        again = unpacked(jnp.asarray(held[layer]), Container((3, 5), container, signed, True, None))
         np.testing.assert_array_equal(again, codes[layer])
 
 

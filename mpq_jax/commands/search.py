@@ -122,7 +122,7 @@ def import_limpq(arguments: argparse.Namespace, overrides: Sequence[str]) -> Pat
 # ---- what can be asked --------------------------------------------------------------------------------------------
 
 
-def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def answer_describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if arguments.config is None and arguments.model is None:
         raise Refusal(
             "--describe needs --config, e.g. --config configs/digits.py, or --model my_package.module:factory"
@@ -137,7 +137,7 @@ def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(json.dumps(costs.describe(layers)) if arguments.json else costs.describe_text(layers))
 
 
-def search(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def answer_search(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """One policy for the budgets, and the frontier if asked."""
     from mpq_jax import costs
 
@@ -229,13 +229,13 @@ def write_page(path: Path, table: Table, budgets, solution, found) -> None:
     print(f"report: {path}")
 
 
-def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+def answer_check(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """What --policy costs and loses. -> exit code: 0, or 1 where it breaks a budget or a rule"""
     from mpq_jax import costs
     from mpq_jax.files import read_json
     from mpq_jax.policy import MADE_BY, load_policy
     from mpq_jax.search import show
-    from mpq_jax.search.check import check as check_policy
+    from mpq_jax.search.check import check
 
     for text in arguments.budget:
         costs.check_text(text)
@@ -252,7 +252,7 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         spent = {"bitops": costs.bitops(importance.layers, policy), "size": costs.size(importance.layers, policy)}
         budgets = costs.restore_budgets(spent, importance)
         print("no budgets given, and none in the policy: compared within what it costs itself")
-    result = check_policy(importance, policy, budgets, alpha=table.alpha, time_limit=arguments.time_limit)
+    result = check(importance, policy, budgets, alpha=table.alpha, time_limit=arguments.time_limit)
     print(f"\n{show.table(importance, policy)}\n")
     print(show.check_text(budgets, result))
     return 1 if result.over or result.broken else 0
@@ -262,9 +262,9 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parse(argv)
     if arguments.describe:
-        describe(arguments, rest)
+        answer_describe(arguments, rest)
     elif arguments.check:
-        return check(arguments, rest)
+        return answer_check(arguments, rest)
     else:
-        search(arguments, rest)
+        answer_search(arguments, rest)
     return 0

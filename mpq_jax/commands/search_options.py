@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     arguments, rest = parser.parse_known_args(argv)
     if arguments.json and not arguments.describe:
         raise Refusal("--json goes with --describe; leave it out, or add --describe --config …")
-    rest = methods.check(arguments, rest)
+    rest = methods.check_options(arguments, rest)
     settings = [word for word in rest if word.startswith("--criteria.") or not word.startswith("--")]
     rest = [*short(arguments), *rest]
     modelled = arguments.config or arguments.model

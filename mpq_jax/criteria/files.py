@@ -48,7 +48,7 @@ def ensure(workdir: Path, name: str, overrides: Sequence[str] = ()) -> Path:
     """
     path = path_of(workdir, name)
     config = config_of(workdir, overrides)
-    check(workdir, name, config)
+    check_needs(workdir, name, config)
     if name == "learned" or is_true(path, workdir, name, config):
         return path
     from mpq_jax.criteria.compute import compute
@@ -57,7 +57,7 @@ def ensure(workdir: Path, name: str, overrides: Sequence[str] = ()) -> Path:
     return path
 
 
-def check(workdir: Path, name: str, config: Config) -> None:
+def check_needs(workdir: Path, name: str, config: Config) -> None:
     """Refuses, before anything starts, a criterion whose needs the run's folder does not meet."""
     _check_settings(config.criteria)
     needs = set(find(name).needs)

@@ -17,7 +17,7 @@ from mpq_jax.criteria import Measured, sites
 from mpq_jax.interpret import Call
 from mpq_jax.joint import Batch, Task
 from mpq_jax.numerics import wide
-from mpq_jax.operands import grids
+from mpq_jax.operands import fake_quants
 from mpq_jax.quantized_model import learned_leaves
 from mpq_jax.types import Importance, QuantizedModel
 
@@ -44,7 +44,7 @@ def make_probes(
         def statistics(gradient: jax.Array, lhs: jax.Array, rhs: jax.Array, value: Any) -> dict[str, jax.Array]:
             operands = (lhs, rhs)
             weight, activation = operands[side], operands[1 - side]
-            both = grids(spec, model.quantizer, call, weight, value)
+            both = fake_quants(spec, model.quantizer, call, weight, value)
             places = (side, 1 - side)
             widths = (spec.weight_bit_widths, spec.activation_bit_widths)
             result = {}

@@ -146,14 +146,14 @@ def fitted(
     widths = {"w": model.bit_widths, "a": model.activation_bit_widths}
     design = _design(units, couples, log, widths)
     target = _log(log.loss)
-    penalty, scale, score = _chosen(design, target, log.step)
+    penalty, scale, r2 = _chosen(design, target, log.step)
     alone, together = _solve(design, target, penalty, scale)
     if monotone:
         alone, together = _monotone(design, target, penalty, scale, units)
     weight, activation = _tables(model, units, alone)
     table = sites.importance(model, name, weight, activation)
     table = table._replace(interactions=_interactions(model, units, couples, together))
-    notes = [f"{len(target)} of {len(rows.loss)} rows; penalty {penalty:.2g}; out of fold, R^2 is {score:.3f}"]
+    notes = [f"{len(target)} of {len(rows.loss)} rows; penalty {penalty:.2g}; out of fold, R^2 is {r2:.3f}"]
     if couples:
         notes.append(f"{len(couples)} pairs of decisions, their effects scaled by {scale:g}")
     if (rows.assignment[..., 0] == rows.assignment[..., 1]).all():
@@ -161,7 +161,7 @@ def fitted(
             "weights and activations were always drawn alike, so that their parts cannot be told apart: "
             "each gets half (train with --joint.same_bits false to know)"
         )
-    details = {"rows": len(target), "penalty": penalty, "r2": score, "pairs": len(couples)}
+    details = {"rows": len(target), "penalty": penalty, "r2": r2, "pairs": len(couples)}
     return Measured(table, 0.0, tuple(notes), details)
 
 

@@ -14,7 +14,7 @@ from mpq_jax.interpret import Call
 from mpq_jax.joint import Batch, Task
 from mpq_jax.layers import LayerSpec
 from mpq_jax.numerics import wide
-from mpq_jax.operands import grids
+from mpq_jax.operands import fake_quants
 from mpq_jax.quantized_model import learned_leaves
 from mpq_jax.types import Importance, QuantizedModel, Refusal
 
@@ -94,7 +94,7 @@ def make_squared_errors(model: QuantizedModel, task: Task) -> Callable[[Any, Bat
             return out, None
         spec, operands = leaves[call.leaf], (lhs, rhs)
         tensors = (operands[call.weight_side], operands[1 - call.weight_side])
-        both = grids(spec, model.quantizer, call, tensors[0], value)
+        both = fake_quants(spec, model.quantizer, call, tensors[0], value)
         widths = (spec.weight_bit_widths, spec.activation_bit_widths)
         return out, {
             kind: jnp.stack([jnp.square(wide(grid(x, jnp.int32(b)) - x)).sum() for b in held])

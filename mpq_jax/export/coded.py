@@ -22,16 +22,16 @@ from mpq_jax.types import Bits, Decoding, Policy, QuantizedModel
 CONTAINERS = (2, 4, 8, 16)  # bits that a code is held in
 
 
-class Weight(NamedTuple):
+class Container(NamedTuple):
     """How the codes of a weight operand are held.
 
-    shape: of the operand. container: bits a code takes; those under 8 share bytes if `packed`, the first code in the
+    shape: of the operand. bits: what a code takes; those under 8 share bytes if `packed`, the first code in the
     lowest bits. signed: codes in two's complement. floats: [F, *shape], the operands of those layers of a stack that
     are left in float; None where there are none.
     """
 
     shape: tuple[int, ...]
-    container: int
+    bits: int
     signed: bool
     packed: bool
     floats: np.ndarray | None
@@ -42,15 +42,15 @@ Key = str | tuple[str, int]
 
 
 class Coded(NamedTuple):
-    """A model's codes under one policy: values and weights, both by Key.
+    """A model's codes under one policy: values and containers, both by Key.
 
     values: what the handler gets with a layer, NumPy arrays [*lead, …]: "codes", "decoding" (a Decoding), "activation"
     (the activation quantizer's leaves at the policy's bits), "bits" (of the activations) and, where some layers of the
-    stack are left in float, "slot" (their place in Weight.floats, -1 for the others).
+    stack are left in float, "slot" (their place in Container.floats, -1 for the others).
     """
 
     values: dict[Key, dict[str, Any]]
-    weights: dict[Key, Weight]
+    containers: dict[Key, Container]
 
     @property
     def payload(self) -> int:
@@ -100,7 +100,7 @@ def coded(
     for leaf in dict.fromkeys(leaf for leaf, _ in taps):
         for key, tap in _shared(leaf, taps, calls).items():
             shape = calls[key if isinstance(key, tuple) else (leaf, 0)][1]
-            result.values[key], result.weights[key] = _held(tap, shape, packed)
+            result.values[key], result.containers[key] = _held(tap, shape, packed)
     return result
 
 
@@ -145,57 +145,57 @@ def _agree(a: Any, b: Any, alike: bool = False) -> bool:
     return all((x.shape == y.shape or not alike) and bool((x == y).all()) for x, y in pairs)
 
 
-def _held(tap: dict[str, Any], shape: tuple[int, ...], packed: bool) -> tuple[dict[str, Any], Weight]:
-    """One entry of Coded.values and of Coded.weights."""
+def _held(tap: dict[str, Any], shape: tuple[int, ...], packed: bool) -> tuple[dict[str, Any], Container]:
+    """One entry of Coded.values and of Coded.containers."""
     codes, decoding = tap["codes"], tap["decoding"]
     lead = codes.shape[: codes.ndim - len(shape)]
     low, high = int(codes.min()), int(codes.max())
-    container = next(c for c in CONTAINERS if (-low <= 2 ** (c - 1) > high if low < 0 else high < 2**c))
+    bits = next(c for c in CONTAINERS if (-low <= 2 ** (c - 1) > high if low < 0 else high < 2**c))
     if decoding.table is not None:
         # Only the levels that these codes name: a basis has those of its layer's widest candidate.
         kept = decoding.table[(slice(None),) * len(lead) + (slice(2 ** high.bit_length()),)]
         decoding = Decoding(offset=None, table=kept)
-    value = {"codes": pack(codes.reshape(*lead, -1), container, low < 0, packed), "decoding": decoding}
+    value = {"codes": contained(codes.reshape(*lead, -1), bits, low < 0, packed), "decoding": decoding}
     value |= {"activation": tap["activation"], "bits": tap["bits"]}
     floats = None
     if "float" in tap:
         in_float = tap["in_float"]
         floats = tap["float"][in_float]
         value["slot"] = np.where(in_float, np.cumsum(in_float).reshape(in_float.shape) - 1, -1).astype(np.int32)
-    return value, Weight(shape, container, low < 0, packed, floats)
+    return value, Container(shape, bits, low < 0, packed, floats)
 
 
 # ---- containers ---------------------------------------------------------------------------------------------------
 
 
-def pack(codes: np.ndarray, container: int, signed: bool, packed: bool = True) -> np.ndarray:
-    """Codes int32 [*lead, N] in their containers: uint8 [*lead, ceil(N container / 8)], or [*lead, N] of an integer type."""
-    if container >= 8 or not packed:
-        return codes.astype(jnp.dtype(f"{'' if signed else 'u'}int{max(container, 4)}"))
-    per_byte = 8 // container
+def contained(codes: np.ndarray, bits: int, signed: bool, packed: bool = True) -> np.ndarray:
+    """Codes int32 [*lead, N] in their containers: uint8 [*lead, ceil(N bits / 8)], or [*lead, N] of an integer type."""
+    if bits >= 8 or not packed:
+        return codes.astype(jnp.dtype(f"{'' if signed else 'u'}int{max(bits, 4)}"))
+    per_byte = 8 // bits
     padding = -codes.shape[-1] % per_byte
-    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)]) & (2**container - 1)
-    shifted = padded.reshape(*codes.shape[:-1], -1, per_byte) << (container * np.arange(per_byte))
+    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)]) & (2**bits - 1)
+    shifted = padded.reshape(*codes.shape[:-1], -1, per_byte) << (bits * np.arange(per_byte))
     return shifted.sum(-1).astype(np.uint8)
 
 
-def unpacked(held: jax.Array, weight: Weight) -> jax.Array:
-    """int32 codes in the operand's shape, from one layer's part of what `pack` gives."""
-    if weight.container >= 8 or not weight.packed:
-        return held.astype(jnp.int32).reshape(weight.shape)
+def unpacked(held: jax.Array, container: Container) -> jax.Array:
+    """int32 codes in the operand's shape, from one layer's part of what `contained` gives."""
+    if container.bits >= 8 or not container.packed:
+        return held.astype(jnp.int32).reshape(container.shape)
     # Shifts and masks of whole bytes, and no sub-byte types: XLA 0.10 on CPU folds a constant's bitcast to int4 wrongly.
-    per_byte = 8 // weight.container
-    shifts = jnp.asarray(weight.container * np.arange(per_byte), jnp.uint8)
-    codes = ((held[:, None] >> shifts) & jnp.uint8(2**weight.container - 1)).astype(jnp.int32)
-    codes = codes.reshape(-1)[: int(np.prod(weight.shape))].reshape(weight.shape)
-    half = 2 ** (weight.container - 1)
-    return (codes ^ half) - half if weight.signed else codes
+    per_byte = 8 // container.bits
+    shifts = jnp.asarray(container.bits * np.arange(per_byte), jnp.uint8)
+    codes = ((held[:, None] >> shifts) & jnp.uint8(2**container.bits - 1)).astype(jnp.int32)
+    codes = codes.reshape(-1)[: int(np.prod(container.shape))].reshape(container.shape)
+    half = 2 ** (container.bits - 1)
+    return (codes ^ half) - half if container.signed else codes
 
 
 # ---- running from codes -------------------------------------------------------------------------------------------
 
 
-def from_codes(model: QuantizedModel, weights: Mapping[Key, Weight]) -> Handler:
+def from_codes(model: QuantizedModel, containers: Mapping[Key, Container]) -> Handler:
     """The handler of `QuantizedModel.walk` that takes Coded.values: as `apply`, but for where the weights come from.
 
     A barrier before unpacking keeps XLA from working the constants out, which would hold the weights in float again.
@@ -205,18 +205,18 @@ def from_codes(model: QuantizedModel, weights: Mapping[Key, Weight]) -> Handler:
         product = ops.contract(call.primitive, call.params, "plain")
         if value is None:
             return product(lhs, rhs), None
-        weight = weights.get((call.leaf, call.number)) or weights[call.leaf]
+        container = containers.get((call.leaf, call.number)) or containers[call.leaf]
         pair = [lhs, rhs]
         kernel, x = pair[call.weight_side], pair[1 - call.weight_side]
-        codes = unpacked(jax.lax.optimization_barrier(jnp.asarray(value["codes"])), weight)
+        codes = unpacked(jax.lax.optimization_barrier(jnp.asarray(value["codes"])), container)
         decoding = jax.tree.map(jnp.asarray, value["decoding"])
         w_hat = decode(codes, decoding).astype(kernel.dtype)
         signed = model.specs[call.leaf].signed
         leaves, bits = jax.tree.map(jnp.asarray, (value["activation"], value["bits"]))
         x_hat = model.quantizer.activation.fake_quant(x, leaves, bits, signed)
-        if weight.floats is not None:
+        if container.floats is not None:
             slot = value["slot"]
-            w_hat = jnp.where(slot >= 0, jnp.asarray(weight.floats)[jnp.maximum(slot, 0)], w_hat)
+            w_hat = jnp.where(slot >= 0, jnp.asarray(container.floats)[jnp.maximum(slot, 0)], w_hat)
             x_hat = jnp.where(slot >= 0, x, x_hat)
         pair[call.weight_side], pair[1 - call.weight_side] = w_hat, x_hat
         return product(*pair), None

@@ -76,7 +76,7 @@ def _packed(made: Made) -> str:
         write_text(options.out / "model.h", c_header.header(packed.load(path)))
         print(f"C header: {options.out / 'model.h'}")
     if options.check != 0:
-        check(path, run, made.variables, made.policy, options.check)
+        check_file(path, run, made.variables, made.policy, options.check)
     promised = costs.size(run.model.layers, made.policy)
     same = "as the search promised" if promised == found.weight_bytes else f"the search promised {promised:,}"
     return f"{path}, {found.file_bytes:,} bytes, weights {found.weight_bytes:,} ({same})"
@@ -176,7 +176,7 @@ def _images(run: stages.Run, limit: int | None) -> Iterator[tuple[np.ndarray, np
         yield batch[run.source.inputs[0]], batch["label"] if run.source.loss is None else None
 
 
-def check(path: Path, run: stages.Run, variables: Any, policy: Any, limit: int | None) -> None:
+def check_file(path: Path, run: stages.Run, variables: Any, policy: Any, limit: int | None) -> None:
     """Runs the file with integers, against the model with exact products and against the ordinary fake-quantized one."""
     if len(run.source.inputs) != 1:
         print(f"not compared with the model: it has {len(run.source.inputs)} inputs")

@@ -15,7 +15,7 @@ import numpy as np
 from jax import export
 from jax.extend import core
 
-from mpq_jax.export.coded import Coded, coded, pack, unpacked
+from mpq_jax.export.coded import Coded, coded, contained, unpacked
 from mpq_jax.export.stablehlo import make_program
 from mpq_jax.jaxprs import bind, called, evaluate, loop
 from mpq_jax.types import Policy, QuantizedModel, Refusal
@@ -30,7 +30,7 @@ class LiteRT(NamedTuple):
     in_float: tuple[str, ...]
 
 
-class Grid(NamedTuple):
+class IntegerWeight(NamedTuple):
     """One layer's weights as TFLite can hold them: scale * integers. name: the leaf. scale: float32 [] or [C]."""
 
     name: str
@@ -58,7 +58,7 @@ def litert(
     program = make_program(model, variables, codes, sample, **kwargs)
     closed = jax.make_jaxpr(program)(sample)
     exported = export.export(jax.jit(lambda x: straight_line(closed, x)), platforms=("cpu",))(sample)
-    every, tables = grids(codes)
+    every, tables = integer_weights(codes)
     content, missed = narrowed(converted(exported.mlir_module()), every)
     return LiteRT(content, (*tables, *missed))
 
@@ -86,43 +86,45 @@ def converted(text: str) -> bytes:
 # ---- weights as integers ------------------------------------------------------------------------------------------
 
 
-def grids(codes: Coded) -> tuple[list[Grid], list[str]]:
-    """The grids of all layers, and the names of those that have none: their levels are a table, or layers in float."""
+def integer_weights(codes: Coded) -> tuple[list[IntegerWeight], list[str]]:
+    """The weights of all layers, and the names of those that cannot be: their levels are a table, or layers in float."""
     found, tables = [], []
     for key, value in codes.values.items():
-        name, weight, decoding = key if isinstance(key, str) else key[0], codes.weights[key], value["decoding"]
+        name, container, decoding = key if isinstance(key, str) else key[0], codes.containers[key], value["decoding"]
         if decoding.table is not None:
             tables.append(name)
             continue
         held = value["codes"]
         lead = held.shape[:-1]
         for at in np.ndindex(*lead):
-            integers = np.asarray(unpacked(jnp.asarray(held[at]), weight)).ravel()
+            integers = np.asarray(unpacked(jnp.asarray(held[at]), container)).ravel()
             scale, offset = np.squeeze(decoding.scale[at]).reshape(-1), decoding.offset[at]
             if np.any(offset):  # an offset of 1/2: the odd numbers on a grid of half the spacing
                 integers, scale = 2 * integers + 1, scale / 2
-            found.append(Grid(name, (scale if scale.size > 1 else scale.reshape(())).astype(np.float32), integers))
+            found.append(
+                IntegerWeight(name, (scale if scale.size > 1 else scale.reshape(())).astype(np.float32), integers)
+            )
     return found, tables
 
 
-def on_grid(values: np.ndarray, grid: Grid) -> tuple[np.ndarray, int] | None:
-    """(integers of values' shape, axis of the channels), if the grid's own integers give these values to the last bit."""
-    if values.size != grid.integers.size:
+def integers_in(values: np.ndarray, weight: IntegerWeight) -> tuple[np.ndarray, int] | None:
+    """(integers of values' shape, axis of the channels), if the weight's own integers give these values to the last bit."""
+    if values.size != weight.integers.size:
         return None
-    axes = [0] if grid.scale.ndim == 0 else [i for i, n in enumerate(values.shape) if n == grid.scale.size]
+    axes = [0] if weight.scale.ndim == 0 else [i for i, n in enumerate(values.shape) if n == weight.scale.size]
     for axis in axes:
-        scale = grid.scale.reshape([-1 if i == axis else 1 for i in range(values.ndim)])
+        scale = weight.scale.reshape([-1 if i == axis else 1 for i in range(values.ndim)])
         integers = np.rint(values / scale)
         alike = np.array_equal((integers.astype(np.float32) * scale).astype(np.float32), values)
-        if alike and np.array_equal(np.sort(integers.ravel()), np.sort(grid.integers)):
+        if alike and np.array_equal(np.sort(integers.ravel()), np.sort(weight.integers)):
             return integers.astype(np.int32), axis
     return None
 
 
-def narrowed(content: bytes, every: Iterable[Grid]) -> tuple[bytes, list[str]]:
-    """The file with each float32 weight that is one of the grids' as int4, int8 or int16 and a DEQUANTIZE before its use.
+def narrowed(content: bytes, every: Iterable[IntegerWeight]) -> tuple[bytes, list[str]]:
+    """The file with each float32 weight that is one of `every` as int4, int8 or int16 and a DEQUANTIZE before its use.
 
-    Returns the names of the grids that no constant of the file is; the converter may have put another factor into it.
+    Returns the names of those that no constant of the file is; the converter may have put another factor into it.
     """
     import flatbuffers
     from litert_converter import schema_py_generated as schema
@@ -135,14 +137,14 @@ def narrowed(content: bytes, every: Iterable[Grid]) -> tuple[bytes, list[str]]:
         if tensor.type != schema.TensorType.FLOAT32 or data is None or not len(data):
             continue
         values = np.frombuffer(bytes(data), np.float32).reshape(tensor.shape)
-        for place, grid in enumerate(left):
-            if (found := on_grid(values, grid)) is not None:
-                _replace(model, schema, index, *found, grid.scale)
+        for place, weight in enumerate(left):
+            if (found := integers_in(values, weight)) is not None:
+                _replace(model, schema, index, *found, weight.scale)
                 del left[place]
                 break
     builder = flatbuffers.Builder(len(content))
     builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output()), [grid.name for grid in left]
+    return bytes(builder.Output()), [weight.name for weight in left]
 
 
 def _replace(model: Any, schema: Any, index: int, integers: np.ndarray, axis: int, scale: np.ndarray) -> None:
@@ -150,7 +152,7 @@ def _replace(model: Any, schema: Any, index: int, integers: np.ndarray, axis: in
     graph, tensor = model.subgraphs[0], model.subgraphs[0].tensors[index]
     bits = next(b for b in (4, 8, 16) if integers.min() >= -(2 ** (b - 1)) and integers.max() < 2 ** (b - 1))
     buffer = schema.BufferT()
-    buffer.data = np.frombuffer(pack(integers.reshape(1, -1), bits, True).tobytes(), np.uint8)
+    buffer.data = np.frombuffer(contained(integers.reshape(1, -1), bits, True).tobytes(), np.uint8)
     model.buffers.append(buffer)
     constant = schema.TensorT()
     constant.shape, constant.name, constant.buffer = tensor.shape, tensor.name + b"/codes", len(model.buffers) - 1

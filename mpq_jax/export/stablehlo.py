@@ -61,7 +61,7 @@ def make_program(
     model: QuantizedModel, variables: Any, codes: Coded, sample: Any, **kwargs: Any
 ) -> Callable[[Any], Any]:
     """x -> outputs, with the codes and those variables that are still needed beside them as constants."""
-    handler = from_codes(model, codes.weights)
+    handler = from_codes(model, codes.containers)
 
     def run(variables: Any, x: Any) -> Any:
         return model.walk(variables, codes.values, handler, (x,), kwargs)[0]

@@ -17,7 +17,7 @@ from mpq_jax import costs
 from mpq_jax.files import whole, write_json
 from mpq_jax.importance import total
 from mpq_jax.search.greedy import repair
-from mpq_jax.search.ilp import Progress, search, solution
+from mpq_jax.search.ilp import Progress, solution, solve_problem
 from mpq_jax.search.others import fits, uniform_policies
 from mpq_jax.search.problem import Problem, build, check_reachable, least
 from mpq_jax.types import Budget, Importance, Refusal, Solution
@@ -117,7 +117,7 @@ def _solved(problem: Problem, deadline: float, similar: Progress | None) -> Prog
     if similar is not None:
         prices = similar.dual.prices / similar.dual.rooms
         start = repair(problem, _picks(similar))
-    progress = search(problem, began, max(0.05, deadline - began), prices=prices, start=start)
+    progress = solve_problem(problem, began, max(0.05, deadline - began), prices=prices, start=start)
     return progress if isinstance(progress, Progress) and progress.picks is not None else None
 
 

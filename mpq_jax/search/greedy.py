@@ -46,13 +46,13 @@ def _best_move(problem: Problem, picks: np.ndarray, tied: np.ndarray, down: bool
         cheaper &= delta >= 0  # a move that costs more of another budget could go round in circles
     if down:
         candidates = movable & cheaper & (saved > 0)
-        score = np.where(candidates, harm, np.inf) / np.where(saved > 0, saved, 1)
+        price = np.where(candidates, harm, np.inf) / np.where(saved > 0, saved, 1)
     else:
         candidates = movable & room & (harm < 0)
-        score = np.where(candidates, harm, np.inf)
+        price = np.where(candidates, harm, np.inf)
     if not candidates.any():
         return None
-    row, column = np.unravel_index(int(score.argmin()), score.shape)
+    row, column = np.unravel_index(int(price.argmin()), price.shape)
     return int(row), int(column)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mpq_jax.policy import nearest
 from mpq_jax.search import ddpg
-from mpq_jax.search.ilp import search as solve_problem
+from mpq_jax.search.ilp import solve_problem
 from mpq_jax.search.journal import Journal
 from mpq_jax.search.methods import Haq
 from mpq_jax.search.problem import Problem

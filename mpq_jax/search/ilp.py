@@ -83,7 +83,7 @@ def solve(
     check_reachable(full, budgets)
     if not full.paths:
         raise Refusal("no layer is searched, so there is nothing to choose; free some with rules or quantize.ends")
-    progress = search(full, began, time_limit, nodes)
+    progress = solve_problem(full, began, time_limit, nodes)
     if isinstance(progress, Answer):
         raise Refusal(_conflict(full, [b for b in budgets if not b.largest], began + time_limit))
     if progress.picks is None:
@@ -113,7 +113,7 @@ def solution(importance: Importance, budgets: Sequence[Budget], progress: Progre
     )
 
 
-def search(
+def solve_problem(
     full: Problem,
     began: float,
     time_limit: float,
@@ -271,7 +271,7 @@ def _conflict(problem: Problem, budgets: Sequence[Budget], deadline: float) -> s
     known = True
     for m, n in itertools.combinations(range(len(budgets)), 2):
         began = time.monotonic()
-        found = search(problem.only(m, within=n), began, min(10.0, max(0.5, deadline - began)))
+        found = solve_problem(problem.only(m, within=n), began, min(10.0, max(0.5, deadline - began)))
         proved = isinstance(found, Progress) and found.proved
         known = known and proved
         if isinstance(found, Answer) or found.picks is None or not proved:

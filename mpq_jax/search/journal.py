@@ -16,7 +16,7 @@ from mpq_jax import costs
 from mpq_jax.types import Bits, Budget, Importance, Policy, Refusal
 
 
-class Measured(NamedTuple):
+class Outcome(NamedTuple):
     """What a policy did on held-out data: mean loss (infinite where it was no number), accuracy from 0 to 1 (not a number
     where nothing is called right)."""
 
@@ -29,7 +29,7 @@ class Evaluation(NamedTuple):
 
     policy: dict[str, Bits]
     cost: dict[str, Any]
-    measured: Measured
+    measured: Outcome
     seconds: float
 
 
@@ -38,7 +38,7 @@ class Ended(Exception):
 
 
 class Journal:
-    """measure(searched layers' bits) -> Measured, logged or from the log.
+    """measure(searched layers' bits) -> Outcome, logged or from the log.
 
     path: of the log. evaluations, seconds: when `measure` raises Ended (None: never; the first policy is always
     measured). Seconds are those of the log: a resumed search has the time that is left.
@@ -49,7 +49,7 @@ class Journal:
         path: Path,
         importance: Importance,
         budgets: Sequence[Budget],
-        evaluate: Callable[[Policy], Measured],
+        evaluate: Callable[[Policy], Outcome],
         evaluations: int | None = None,
         seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -65,19 +65,19 @@ class Journal:
         """Counts what was spent before the first evaluation (training a supernet)."""
         self.elapsed, self._mark = seconds, self._clock()
 
-    def check(self) -> None:
+    def check_limits(self) -> None:
         """Raises Ended where nothing more may be measured."""
         if self.evaluations is not None and len(self.evaluated) >= self.evaluations:
             raise Ended
         if self.seconds is not None and self.evaluated and self.elapsed >= self.seconds:
             raise Ended
 
-    def measure(self, searched: Policy, **note: Any) -> Measured:
+    def measure(self, searched: Policy, **note: Any) -> Outcome:
         """Measures the policy, or takes what the log says of it. note: more to log beside it.
 
         Raises Ended at a limit, and Refusal where the log holds another policy here.
         """
-        self.check()
+        self.check_limits()
         policy = {ly.path: ly.bits if ly.bits is not None else searched[ly.path] for ly in self.importance.layers}
         cost = {budget.name: costs.used(budget, policy, self.importance) for budget in self.budgets}
         assert all(cost[budget.name] <= budget.limit for budget in self.budgets), "a policy over its budget"
@@ -91,7 +91,7 @@ class Journal:
                 )
             loss = math.inf if line["loss"] is None else line["loss"]
             accuracy = math.nan if line["accuracy"] is None else line["accuracy"]
-            measured, seconds = Measured(loss, accuracy), line["seconds"]
+            measured, seconds = Outcome(loss, accuracy), line["seconds"]
         else:
             measured = self._evaluate(policy)
             seconds = round(self._clock() - self._mark, 3)
@@ -101,7 +101,7 @@ class Journal:
         self.evaluated.append(Evaluation(policy, cost, measured, seconds))
         return measured
 
-    def _append(self, line: dict[str, Any], measured: Measured, seconds: float, note: Mapping[str, Any]) -> None:
+    def _append(self, line: dict[str, Any], measured: Outcome, seconds: float, note: Mapping[str, Any]) -> None:
         loss = measured.loss if math.isfinite(measured.loss) else None
         accuracy = None if math.isnan(measured.accuracy) else measured.accuracy
         text = json.dumps({**line, "loss": loss, "accuracy": accuracy, "seconds": seconds, **note})

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from mpq_jax.search.ilp import search as solve_problem
+from mpq_jax.search.ilp import solve_problem
 from mpq_jax.search.journal import Journal
 from mpq_jax.search.problem import Problem
 from mpq_jax.search.solvers import Answer

@@ -10,7 +10,7 @@ import jax
 
 from mpq_jax import data, joint, stages
 from mpq_jax.policy import stack
-from mpq_jax.search.journal import Measured
+from mpq_jax.search.journal import Outcome
 from mpq_jax.search.methods import Measuring
 from mpq_jax.types import Policy, Refusal
 from mpq_jax.workdir import load_config
@@ -56,7 +56,7 @@ def open_bench(workdir: Path, settings: Measuring) -> Bench:
     return Bench(run, variables, float(accuracies[0]), settings)
 
 
-def evaluator(bench: Bench) -> Callable[[Policy], Measured]:
+def evaluator(bench: Bench) -> Callable[[Policy], Outcome]:
     """evaluate(policy) -> its loss and accuracy on the validation split, after the settings' short fine-tuning.
 
     Compiled once for all policies, and once more for those with weight bits per output channel.
@@ -64,13 +64,13 @@ def evaluator(bench: Bench) -> Callable[[Policy], Measured]:
     run, settings = bench.run, bench.settings
     tuned = _tuner(bench) if settings.finetune_steps else lambda policies: bench.variables
 
-    def evaluate(policy: Policy) -> Measured:
+    def evaluate(policy: Policy) -> Outcome:
         policies = stack([policy])
         variables = tuned(policies)
         stats = stages.reestimated(run, variables["params"], stages.rows_of(variables, 1), policies)
         limit = settings.examples or None
         losses, accuracies = stages.evaluate(run, variables["params"], stats, policies, "validation", limit)
-        return Measured(float(losses[0]), float(accuracies[0]))
+        return Outcome(float(losses[0]), float(accuracies[0]))
 
     return evaluate
 

@@ -139,7 +139,7 @@ def settings(method: str, overrides: Sequence[str] = ()) -> Any:
     return chosen
 
 
-def check(arguments: Any, rest: Sequence[str]) -> list[str]:
+def check_options(arguments: Any, rest: Sequence[str]) -> list[str]:
     """Refuses options that do not go with the chosen method; takes the method's settings, as `arguments.settings`.
 
     rest: options that are not known otherwise. -> those that are left

@@ -13,14 +13,14 @@ from mpq_jax import costs, lock
 from mpq_jax import policy as policies
 from mpq_jax.files import write_json
 from mpq_jax.importance import layer_to_json, sha256
-from mpq_jax.search.journal import Ended, Evaluation, Journal, Measured
+from mpq_jax.search.journal import Ended, Evaluation, Journal, Outcome
 from mpq_jax.search.methods import Measuring
 from mpq_jax.search.others import best_uniform
 from mpq_jax.search.problem import Problem, build, check_reachable
 from mpq_jax.search.show import achieved, table
 from mpq_jax.types import Budget, Importance, Policy, Refusal, Solution
 
-Evaluate = Callable[[Policy], Measured]
+Evaluate = Callable[[Policy], Outcome]
 
 
 def command(arguments: Any, source: Path, importance: Importance, budgets: Sequence[Budget], out: Path) -> None:
@@ -53,7 +53,7 @@ def find(
     seed: int = 0,
     evaluations: int | None = None,
     seconds: float | None = None,
-) -> tuple[Solution, Measured, Evaluate]:
+) -> tuple[Solution, Outcome, Evaluate]:
     """Runs a method on a finished run. -> (solution, what it measured, the function that measures)
 
     importance: the run's table; its layers, candidates and rules are used, its numbers are not.
@@ -164,7 +164,7 @@ def _request(
 
 
 def show(
-    importance: Importance, budgets: Sequence[Budget], found: Solution, measured: Measured, evaluate: Evaluate
+    importance: Importance, budgets: Sequence[Budget], found: Solution, measured: Outcome, evaluate: Evaluate
 ) -> None:
     """Prints bits per layer, what was achieved, and the best uniform policy measured beside it."""
     print(f"\n{table(importance, found.policy)}\n")
@@ -179,6 +179,6 @@ def show(
         print(f"the best uniform policy that fits, {uniform[0]}: loss {_shown(beside)}")
 
 
-def _shown(measured: Measured) -> str:
+def _shown(measured: Outcome) -> str:
     accuracy = "" if np.isnan(measured.accuracy) else f", accuracy {measured.accuracy:.2%}"
     return f"{measured.loss:.6g}{accuracy}"

@@ -224,7 +224,7 @@ def config_case(place: Path) -> Case:
         config = workdir.load_config(run)
         workdir.claim(run, mine, finetuning=False)
         with contextlib.suppress(workdir.Refusal):  # there is no float model: it always ends so, but in one line
-            files.check(run, "output_fisher", config)
+            files.check_needs(run, "output_fisher", config)
         json.dumps(config_lib.to_json(config))
 
     return read, lambda rng: mutations.json_file(value, rng), json.dumps(value).encode()
@@ -258,7 +258,7 @@ def journal_case(place: Path) -> Case:
     from tables import budgets_of, made
 
     from mpq_jax import Bits
-    from mpq_jax.search.journal import Journal, Measured
+    from mpq_jax.search.journal import Journal, Outcome
     from mpq_jax.search.journal import _bits_to_json as bits_to_json
 
     table = made(2, layers=2)
@@ -267,7 +267,7 @@ def journal_case(place: Path) -> Case:
     path = place / "evaluations.jsonl"
 
     def opened() -> Journal:
-        return Journal(path, table, budgets, lambda policy: Measured(1.0, 0.5))
+        return Journal(path, table, budgets, lambda policy: Outcome(1.0, 0.5))
 
     def measure() -> None:
         journal = opened()

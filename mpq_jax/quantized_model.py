@@ -29,7 +29,18 @@ from mpq_jax.layers import (
 from mpq_jax.operands import gathered, operand_of, tapped
 from mpq_jax.quantizers import lsq
 from mpq_jax.rules import Candidates, Rules, check_rules
-from mpq_jax.types import Bits, Layer, Policy, QuantizedModel, Quantizer, Refusal, Variables
+from mpq_jax.types import (
+    Apply,
+    Bits,
+    Calibrate,
+    Layer,
+    Policy,
+    QuantizedModel,
+    Quantizer,
+    Refusal,
+    Variables,
+    Walk,
+)
 
 
 def quantize(
@@ -69,18 +80,6 @@ def quantize(
     activation_widths = check_widths(activation_bit_widths or bit_widths, "activation_bit_widths")
     seam = flax_seam.seam(model)
     shapes = jax.eval_shape(lambda: variables) if variables is not None else seam.shapes(inputs, kwargs)
-    float_paths = frozenset(flax_seam.flatten(shapes["params"]))
-
-    def walk(
-        variables: Variables,
-        values: Mapping[Any, Any],
-        handler: Handler,
-        inputs: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        mutable: flax_seam.Mutable = False,
-        rngs: flax_seam.Rngs = None,
-    ) -> tuple[Any, Variables, Taps]:
-        return interpreted(seam, _only(variables, float_paths), values, handler, inputs, kwargs, mutable, rngs)[:3]
 
     sites, trace = discover(seam, shapes, inputs, kwargs)
     paths = layer_paths(sites)
@@ -102,6 +101,46 @@ def quantize(
             Layer(f"{where}/product{i}", 0, macs // batch, False, Bits(32, 32))
             for i, (where, macs) in enumerate(trace.products)
         )
+
+    walk = _walk_of(seam, shapes)
+    apply, calibrate = _calls(walk, specs, quantizer)
+    return QuantizedModel(
+        layers=layers,
+        specs=specs,
+        products=tuple((where, macs // batch) for where, macs in trace.products),
+        bit_widths=widths,
+        activation_bit_widths=activation_widths,
+        quantizer=quantizer,
+        variables=seam.variables,
+        apply=apply,
+        calibrate=calibrate,
+        walk=walk,
+    )
+
+
+# ---- applying -----------------------------------------------------------------------------------------------------
+
+
+def _walk_of(seam: flax_seam.Seam, shapes: Variables) -> Walk:
+    """The model's `QuantizedModel.walk`. shapes: of the float model's own variables."""
+    float_paths = frozenset(flax_seam.flatten(shapes["params"]))
+
+    def walk(
+        variables: Variables,
+        values: Mapping[Any, Any],
+        handler: Handler,
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        mutable: flax_seam.Mutable = False,
+        rngs: flax_seam.Rngs = None,
+    ) -> tuple[Any, Variables, Taps]:
+        return interpreted(seam, _only(variables, float_paths), values, handler, inputs, kwargs, mutable, rngs)[:3]
+
+    return walk
+
+
+def _calls(walk: Walk, specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> tuple[Apply, Calibrate]:
+    """The model's `QuantizedModel.apply` and `QuantizedModel.calibrate`."""
 
     def apply(
         variables: Variables,
@@ -127,21 +166,7 @@ def quantize(
         _, _, taps = walk(variables, {}, _calibrating(specs, quantizer), inputs, kwargs)
         return _with_leaves(specs, quantizer, variables, taps)
 
-    return QuantizedModel(
-        layers=layers,
-        specs=specs,
-        products=tuple((where, macs // batch) for where, macs in trace.products),
-        bit_widths=widths,
-        activation_bit_widths=activation_widths,
-        quantizer=quantizer,
-        variables=seam.variables,
-        apply=apply,
-        calibrate=calibrate,
-        walk=walk,
-    )
-
-
-# ---- applying -----------------------------------------------------------------------------------------------------
+    return apply, calibrate
 
 
 def _only(variables: Variables, float_paths: frozenset[str]) -> dict[str, Any]:

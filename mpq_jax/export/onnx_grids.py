@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax.export.graph import Activation, Node
+from mpq_jax.export.encoding import Activation
+from mpq_jax.export.graph import Node
 from mpq_jax.export.onnx_products import Form, Laid
 from mpq_jax.export.onnx_writer import Writer, helper, onnx
 from mpq_jax.quantizers.qil import transform

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpq_jax.export.graph import Activation, Constant, Node, Product, Value
+from mpq_jax.export.encoding import Activation
+from mpq_jax.export.graph import Constant, Node, Product, Value
 from mpq_jax.export.onnx_writer import Writer
 
 # From a layer's weight layout to ONNX's; for codes, scales and float weights alike.

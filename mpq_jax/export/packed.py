@@ -22,8 +22,9 @@ from safetensors.numpy import save_file
 from mpq_jax import flax_seam
 from mpq_jax.export import checks
 from mpq_jax.export.bits import pack, payload_bytes, unpack
+from mpq_jax.export.encoding import Weight
 from mpq_jax.export.fold import fold
-from mpq_jax.export.graph import Constant, Graph, Product, Weight, graph
+from mpq_jax.export.graph import Constant, Graph, Product, graph
 from mpq_jax.files import whole
 from mpq_jax.layers import MAX_BITS, leaf_paths
 from mpq_jax.types import Bits, Decoding, QuantizedModel, Refusal

@@ -72,6 +72,32 @@ def activation_start(x: jax.Array, bits: int, signed: bool) -> jax.Array:
     return 2 * jnp.abs(x).mean() / jnp.sqrt(q_p)
 
 
+def _init(
+    x: jax.Array,
+    bit_widths: Sequence[int],
+    signed: bool,
+    channel_axes: Sequence[int],
+    *,
+    start: str,
+    per_channel: bool,
+    weight: bool,
+) -> dict[str, jax.Array]:
+    """{"step_size": [K], or [K, C] for a weight per output channel}."""
+    channel_axes = tuple(channel_axes) if per_channel and weight else ()
+    channels = math.prod(x.shape[i] for i in channel_axes)
+    shape = (channels,) if channel_axes else ()
+    x = wide(x)
+
+    def one(bits: int) -> jax.Array:
+        if start == "same":
+            return jnp.full(shape, same_spacing(bits), x.dtype)
+        s = weight_start(x, bits, channel_axes) if weight else activation_start(x, bits, signed)
+        # A tensor of zeros has no spread; any positive number serves.
+        return jnp.where(s > 0, s, same_spacing(bits)).astype(x.dtype)
+
+    return {"step_size": jnp.stack([one(b) for b in bit_widths])}
+
+
 def lsq(
     start: str = "statistics",
     *,
@@ -95,23 +121,6 @@ def lsq(
 
     def in_use(step_size: jax.Array) -> jax.Array:
         return jnp.exp2(round_straight_through(jnp.log2(step_size))) if power_of_two else step_size
-
-    def init(
-        x: jax.Array, bit_widths: Sequence[int], signed: bool, channel_axes: Sequence[int], weight: bool
-    ) -> dict[str, jax.Array]:
-        channel_axes = tuple(channel_axes) if per_channel and weight else ()
-        channels = math.prod(x.shape[i] for i in channel_axes)
-        shape = (channels,) if channel_axes else ()
-        x = wide(x)
-
-        def one(bits: int) -> jax.Array:
-            if start == "same":
-                return jnp.full(shape, same_spacing(bits), x.dtype)
-            s = weight_start(x, bits, channel_axes) if weight else activation_start(x, bits, signed)
-            # A tensor of zeros has no scale; any positive number serves.
-            return jnp.where(s > 0, s, same_spacing(bits)).astype(x.dtype)
-
-        return {"step_size": jnp.stack([one(b) for b in bit_widths])}
 
     def code_range(bits: jax.Array, signed: bool, weight: bool) -> tuple[jax.Array, jax.Array]:
         return integer_range(bits, signed, narrow and weight)
@@ -141,7 +150,7 @@ def lsq(
         return TensorQuantizer(
             leaves=("step_size",),
             state=(),
-            init=functools.partial(init, weight=weight),
+            init=functools.partial(_init, start=start, per_channel=per_channel, weight=weight),
             fake_quant=functools.partial(run, weight=weight),
             encode=functools.partial(encode, weight=weight),
             decoding=decoding,

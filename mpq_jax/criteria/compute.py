@@ -15,7 +15,6 @@ from mpq_jax import importance as importances
 from mpq_jax.config import Config
 from mpq_jax.criteria import Measured, find
 from mpq_jax.criteria.coupling import coupled_pairs, searched_pairs
-from mpq_jax.criteria.files import alpha_rows_file, made_from, path_of, rows_file, uses_log
 from mpq_jax.criteria.learned import load_rows
 from mpq_jax.types import Importance, QuantizedModel, Refusal
 
@@ -61,17 +60,19 @@ def function_of(name: str) -> Callable[..., Importance | Measured]:
     return getattr(importlib.import_module(f"mpq_jax.criteria.{module}"), function)
 
 
-def compute(name: str, workdir: Path, config: Config) -> Importance:
-    """Measures a criterion on a run's folder and keeps it as <workdir>/importance_<name>.json, with what is to be
-    known of it under "about". config: the run's, with the `criteria` settings to use.
+def compute(
+    name: str, workdir: Path, config: Config, *, path: Path, made_from: Mapping[str, Any], rows: Path, log: Path | None
+) -> Importance:
+    """Measures a criterion on a run's folder and keeps it as `path`, with what is to be known of it under "about".
 
+    config: the run's, with the `criteria` settings to use. made_from: plain JSON, kept under "about" as it is. rows: the
+    log of joint training's random rows, for criteria that take it. log: what alpha is fitted to; None: it is not fitted.
     Raises Refusal for a stage that is not finished.
     """
     criterion = find(name)
     print(f"criterion {name}: {criterion.line}")
-    source = made_from(workdir, name, config)
     run = stages.open_run(config, workdir)
-    given = _given(run, config, name, set(inspect.signature(function_of(name)).parameters))
+    given = _given(run, config, rows, log, set(inspect.signature(function_of(name)).parameters))
     measured = measure(name, **given)
     train_passes = measured.sample_passes / run.dataset.sizes["train"]
     about = {
@@ -81,9 +82,8 @@ def compute(name: str, workdir: Path, config: Config) -> Importance:
         "train_passes": train_passes,
         "notes": list(measured.notes),
         "details": dict(measured.details),
-        "made_from": source,
+        "made_from": dict(made_from),
     }
-    path = path_of(workdir, name)
     importances.save_importance(path, measured.importance._replace(rules=config.search.rules), about)
     for note in measured.notes:
         print(f"  {note}")
@@ -92,16 +92,15 @@ def compute(name: str, workdir: Path, config: Config) -> Importance:
     return measured.importance
 
 
-def _given(run: stages.Run, config: Config, name: str, wanted: set[str]) -> dict[str, Any]:
+def _given(run: stages.Run, config: Config, rows: Path, log: Path | None, wanted: set[str]) -> dict[str, Any]:
     """What the criterion takes, and nothing else, from the run's folder."""
-    log = uses_log(name) and alpha_rows_file(run.workdir).is_file()
     sources: Mapping[str, Callable[[], Any]] = {
         "model": lambda: run.model,
         "task": run.task,
         "variables": lambda: _variables(run, config),
         "batches": lambda: _batches(run, config),
-        "rows": lambda: load_rows(rows_file(run.workdir), run.model.layers),
-        "log": lambda: load_rows(alpha_rows_file(run.workdir), run.model.layers) if log else None,
+        "rows": lambda: load_rows(rows, run.model.layers),
+        "log": lambda: load_rows(log, run.model.layers) if log else None,
         "joint": lambda: stages.finished_joint(run, stages.calibrated(run, stages.finished_float(run))),
         "rules": lambda: config.search.rules,
         "base": lambda: _base(run.workdir, run.model),

@@ -53,7 +53,16 @@ def ensure(workdir: Path, name: str, overrides: Sequence[str] = ()) -> Path:
         return path
     from mpq_jax.criteria.compute import compute
 
-    compute(name, workdir, config)
+    log = alpha_rows_file(workdir)
+    compute(
+        name,
+        workdir,
+        config,
+        path=path,
+        made_from=made_from(workdir, name, config),
+        rows=rows_file(workdir),
+        log=log if uses_log(name) and log.is_file() else None,
+    )
     return path
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two l
     from mpq_jax.costs import bitops, parse_budgets, size
     from mpq_jax.criteria.learned import learned
     from mpq_jax.float_model import FloatModel
-    from mpq_jax.importance import load_importance, save_importance
+    from mpq_jax.importance import load_importance, repair, save_importance
     from mpq_jax.joint import (
         Distill,
         TrainState,
@@ -48,7 +48,7 @@ _HOME = {
     "costs": ("bitops", "parse_budgets", "size"),
     "criteria.learned": ("learned",),
     "float_model": ("FloatModel",),
-    "importance": ("load_importance", "save_importance"),
+    "importance": ("load_importance", "repair", "save_importance"),
     "joint": (
         "Distill",
         "TrainState",
@@ -121,6 +121,7 @@ __all__ = [
     "quantize",
     "random_policies",
     "random_rows",
+    "repair",
     "row_variables",
     "save_importance",
     "save_policy",

@@ -1,13 +1,14 @@
 """Policies: uniform, checked against a layer table; policy.json in and out. No JAX."""
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mpq_jax.costs import check_channels
+from mpq_jax.costs import KINDS, check_channels, human, saved_limits
 from mpq_jax.files import read_json, write_json
 from mpq_jax.types import Bits, Layer, Policy, Refusal, Solution
 
@@ -155,6 +156,21 @@ def save_policy(path: str | Path, solution: Solution, importance_sha256: str) ->
             "importance_sha256": importance_sha256,
         },
     )
+
+
+def replaced(path: str | Path, solution: Solution) -> str | None:
+    """What is lost where the solution is saved over the file at `path`, in words; None where there is no other policy."""
+    if not Path(path).exists():
+        return None
+    try:
+        value = read_json(path, FORMAT, VERSION, MADE_BY)
+        limits = saved_limits(value.get("budgets"), str(path))
+    except Refusal:
+        return "a file that is no whole policy.json"
+    if value.get("bits") == json.loads(json.dumps(solution.policy)):
+        return None
+    within = [f"{name} {human(limit, KINDS[name].unit)}" for name, limit in limits.items() if name in KINDS]
+    return f"another policy (within {', '.join(within)})" if within else "another policy"
 
 
 def load_policy(

@@ -30,6 +30,20 @@ def test_round_trip(tmp_path):
     )
 
 
+def test_what_a_new_policy_takes_the_place_of(tmp_path):
+    """Nothing, the same bits, another policy with and without budgets, and files that are no policy."""
+    found, other = (solve(TABLE, budgets_of(TABLE, text, "size=4KB")) for text in ("bitops=3M", "bitops=2M"))
+    place = tmp_path / "p.json"
+    assert policy.replaced(place, found) is None
+    policy.save_policy(place, found, "")
+    assert policy.replaced(place, found) is None
+    assert policy.replaced(place, other) == "another policy (within bitops 3.00 M, size 4.00 KB)"
+    assert policy.replaced(write(place, GOOD), found) == "another policy"
+    for damaged in ("", "{", json.dumps({"format": "mpq-policy", "version": 1, "bits": {}, "budgets": [1]})):
+        place.write_text(damaged)
+        assert policy.replaced(place, found) == "a file that is no whole policy.json"
+
+
 def test_hand_written(tmp_path):
     """Only bits are needed; fixed layers may be left out."""
     expected = {name: Bits(*bits) for name, bits in GOOD.items()}

@@ -45,6 +45,14 @@ def test_finds_prints_and_writes(place, capsys):
     assert all(word in shown for word in ("best uniform", "random", "reversed", *policy))
 
 
+def test_says_which_policy_it_replaced(place, capsys):
+    for budget, before in (("W3A3", None), ("W3A3", None), ("W2A3", "another policy (within bitops ")):
+        assert search.main(["--importance", str(place / "importance.json"), "--budget", f"bitops={budget}"]) == 0
+        shown = capsys.readouterr().out
+        assert f"policy: {place / 'policy.json'}\n" in shown
+        assert (f"replaced: {place / 'policy.json'} held {before}" in shown) if before else "replaced" not in shown
+
+
 def test_newest_run_and_alpha(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert search.main(["--budget", "bitops=W3A3"]) == 2

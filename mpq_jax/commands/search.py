@@ -178,10 +178,11 @@ def check_budgets(table: Table, budgets, walked: bool) -> None:
 
 def write_policy(arguments: argparse.Namespace, table: Table, budgets, out: Path):
     from mpq_jax import importance as importances
-    from mpq_jax.policy import save_policy
+    from mpq_jax.policy import replaced, save_policy
     from mpq_jax.search import show, solve
 
     solution = solve(table.importance, budgets, alpha=table.alpha, time_limit=arguments.time_limit)
+    before = replaced(out, solution)
     try:
         save_policy(out, solution, importances.sha256(table.path))
     except OSError as error:
@@ -190,7 +191,7 @@ def write_policy(arguments: argparse.Namespace, table: Table, budgets, out: Path
     print(show.achieved(budgets, solution.used))
     print(f"{show.certificate(solution)}\n")
     print(show.beside(table.importance, budgets, table.alpha, arguments.random))
-    print(f"policy: {out}")
+    print(show.written(out, before))
     return solution
 
 

@@ -43,7 +43,12 @@ def make_parser() -> Parser:
         help='regex=8,8 | 4,4|4,8 | w2/4,a8 | w4+ | 4- | "not w2" | equal | share; repeatable, all hold together',
     )
     add("--alpha", default="auto", help="factor of the weights' table, or auto: the fitted one (default)")
-    add("--out", type=Path, help="where the policy is written; default: policy.json beside the importance")
+    add(
+        "--out",
+        type=Path,
+        help="where the policy is written; default: policy.json beside the importance; "
+        "what stood there is replaced, and named",
+    )
     add("--latency", type=Path, help="latency.json, for a latency budget")
     add("--frontier", type=int, metavar="N", help="also the best policies at N limits of the first budget (bitops)")
     add("--report", type=Path, metavar="HTML", help="also a page with plots: bits, importance, frontier, budgets")

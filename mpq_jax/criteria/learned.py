@@ -76,7 +76,8 @@ def learned(model: QuantizedModel, variables: Mapping[str, Any], log: RowLog | N
     weight[l, i] and activation[l, j] are the indicators s_w and s_a of LIMPQ's objective
     sum_l (s_a[l, j] + alpha s_w[l, i]); for other quantizers, their grid's spacing in input units.
     log: with it alpha is fitted (`fit_alpha`), else None.
-    Entries at bit-widths that a rule took from a layer are filled in by `importance.spread`.
+    Entries at bit-widths that a rule took from a layer are filled in by `importance.spread`. Indicators stand as they were
+    learned, ordered or not: joint training as a command puts the table through `mpq_jax.repair` before it writes it.
     Raises Refusal for a quantizer that has none (PACT: its weights, as DoReFa's, have nothing to learn).
     """
     if reason := unlearnable(model.quantizer):

@@ -76,6 +76,8 @@ def solve(
     alpha: weights' factor; None: the table's own, or 1. time_limit: wall-clock seconds for everything.
     nodes: partial policies that branch and bound looks at before HiGHS is asked; 0 asks it at once.
     Among equal objectives the policy with fewer bits in all wins (where there are no interactions).
+    The table is searched as it is. `search.py` and the end of joint training first call `mpq_jax.repair`, so that no layer
+    gets fewer bits because they are said to harm less.
     Raises Refusal for budgets that no policy keeps, alone or together, and where the time ends before any is found.
     """
     began = time.monotonic()

@@ -17,7 +17,7 @@ from mpq_jax.search.journal import Ended, Evaluation, Journal, Outcome
 from mpq_jax.search.methods import Measuring
 from mpq_jax.search.others import best_uniform
 from mpq_jax.search.problem import Problem, build, check_reachable
-from mpq_jax.search.show import achieved, table
+from mpq_jax.search.show import achieved, table, written
 from mpq_jax.types import Budget, Importance, Policy, Refusal, Solution
 
 Evaluate = Callable[[Policy], Outcome]
@@ -35,12 +35,13 @@ def command(arguments: Any, source: Path, importance: Importance, budgets: Seque
         evaluations=arguments.evaluations,
         seconds=arguments.seconds,
     )
+    before = policies.replaced(out, found)
     try:
         policies.save_policy(out, found, sha256(source))
     except OSError as error:
         raise Refusal(f"{out} cannot be written: {error.strerror}; give another --out") from None
     show(importance, budgets, found, measured, evaluate)
-    print(f"policy: {out}")
+    print(written(out, before))
 
 
 def find(

@@ -1,6 +1,7 @@
 """What search.py prints: bits per layer, what was achieved of what was asked, and what stands beside it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -47,6 +48,12 @@ def certificate(solution: Solution) -> str:
         f"objective {solution.objective:.6g}, bound {solution.bound:.6g}: {solution.status}{gap} "
         f"({solution.solver}, {solution.seconds:.3f} s)"
     )
+
+
+def written(out: Path, before: str | None) -> str:
+    """Where the policy is, and what it took the place of, as `policy.replaced` says it."""
+    note = f"replaced: {out} held {before}; --out writes elsewhere\n" if before else ""
+    return f"{note}policy: {out}"
 
 
 def beside(importance: Importance, budgets: Sequence[Budget], alpha: float | None, count: int) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend import core
 
 from mpq_jax import ops
-from mpq_jax.jaxprs import PLAIN, REMATS, bind, called, contains, evaluate, inner_jaxprs, loop
+from mpq_jax.jaxprs import PLAIN, REMATS, bind, called, contains, inner_jaxprs, loop, outputs_of
 from mpq_jax.origins import Origin, constant, propagate
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
@@ -115,7 +115,7 @@ def _evaluate(
     def literal(atom: core.Literal) -> tuple[Any, Origin]:
         return atom.val, constant(walk.fresh, atom.val)
 
-    results = evaluate(jaxpr, list(zip(arguments, origins, strict=True)), literal, equation)
+    results = outputs_of(jaxpr, list(zip(arguments, origins, strict=True)), literal, equation)
     return [v for v, _ in results], [o for _, o in results], taps
 
 

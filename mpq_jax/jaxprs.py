@@ -61,7 +61,7 @@ def contains(jaxpr: Any, primitives: Iterable[str]) -> bool:
     )
 
 
-def evaluate(
+def outputs_of(
     jaxpr: Any,
     arguments: Sequence[T],
     literal: Callable[[core.Literal], T],

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpq_jax.jaxprs import called, evaluate
+from mpq_jax.jaxprs import called, outputs_of
 
 Fresh = Callable[[], int]  # a new tensor number
 
@@ -82,7 +82,7 @@ _NEVER_NEGATIVE = ("exp", "exp2", "logistic", "abs", "square", "iota", "argmax",
 def propagate(fresh: Fresh, eqn: Any, origins: list[Origin]) -> list[Origin]:
     """The origins of an equation's outputs; of a call (jax.nn.relu is one) those that its body gives."""
     if (body := called(eqn)) is not None:
-        return evaluate(
+        return outputs_of(
             body.jaxpr,
             [*(constant(fresh, c) for c in body.consts), *origins],
             lambda literal: constant(fresh, literal.val),

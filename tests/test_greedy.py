@@ -1,10 +1,10 @@
-"""Greedy policies: they fit, keep ties, are not far from the best, and the repair always ends."""
+"""Greedy policies: they fit, keep ties, are not far from the best, and the made_to_fit always ends."""
 
 import numpy as np
 from tables import best_by_force, budgets_of, made
 
 from mpq_jax.search.dual import cheapest, maximise
-from mpq_jax.search.greedy import incumbent, repair
+from mpq_jax.search.greedy import incumbent, made_to_fit
 from mpq_jax.search.problem import build
 
 
@@ -31,7 +31,7 @@ def test_repair_always_ends_within_the_budgets():
         start = cheapest(
             problem, np.where(problem.allowed, np.random.default_rng(seed).random(problem.value.shape), np.inf)
         )
-        picks = repair(problem, start)
+        picks = made_to_fit(problem, start)
         ended[picks is None] += 1
         if picks is not None:
             assert problem.fits(picks) and problem.allowed[np.arange(len(picks)), picks].all()

@@ -13,7 +13,7 @@ from mpq_jax import Bits, quantize
 from mpq_jax.criteria.coupling import Pair, coupled_pairs
 from mpq_jax.export import litert
 from mpq_jax.export.graph import graph
-from mpq_jax.jaxprs import bind, called, contains, evaluate, loop
+from mpq_jax.jaxprs import bind, called, contains, loop, outputs_of
 
 X = np.linspace(-1, 2, 12, dtype=np.float32).reshape(3, 4)
 
@@ -54,7 +54,7 @@ calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
 def run(closed, *arguments):
-    """A jaxpr by `evaluate`, into all calls and loops: nothing but single operations is left to JAX."""
+    """A jaxpr by `outputs_of`, into all calls and loops: nothing but single operations is left to JAX."""
 
     def equation(eqn, ins):
         if (body := called(eqn)) is not None:
@@ -64,7 +64,7 @@ def run(closed, *arguments):
             return there.unrolled(lambda _, operands: run(there.body, *operands), lambda x, i: x[i], jnp.stack)
         return bind(eqn, ins)
 
-    return evaluate(closed.jaxpr, [*closed.consts, *arguments], lambda literal: literal.val, equation)
+    return outputs_of(closed.jaxpr, [*closed.consts, *arguments], lambda literal: literal.val, equation)
 
 
 @calls

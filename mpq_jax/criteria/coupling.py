@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mpq_jax import ops
 from mpq_jax.interpret import Call
-from mpq_jax.jaxprs import called, contains, evaluate, inner_jaxprs, loop
+from mpq_jax.jaxprs import called, contains, inner_jaxprs, loop, outputs_of
 from mpq_jax.types import QuantizedModel
 
 _ADDITIONS = ("add", "add_any", "sub")
@@ -78,7 +78,7 @@ class _Follow:
     def through(self, jaxpr: Any, sources: Sequence[Sources]) -> list[Sources]:
         """Sources of the outputs, from those of the inputs (constants have none)."""
         constants: list[Sources] = [()] * len(jaxpr.constvars)
-        return evaluate(jaxpr, [*constants, *sources], lambda _: (), self.equation)
+        return outputs_of(jaxpr, [*constants, *sources], lambda _: (), self.equation)
 
     def equation(self, eqn: Any, sources: list[Sources]) -> list[Sources]:
         name = eqn.primitive.name

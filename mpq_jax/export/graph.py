@@ -15,7 +15,7 @@ from jax.extend import core
 from mpq_jax import flax_seam, ops
 from mpq_jax.export.encoding import Activation, Weight, encode_activation, encode_weight
 from mpq_jax.interpret import Call
-from mpq_jax.jaxprs import bind, called, evaluate, loop
+from mpq_jax.jaxprs import bind, called, loop, outputs_of
 from mpq_jax.layers import MAX_BITS
 from mpq_jax.types import Bits, Policy, QuantizedModel, Refusal
 
@@ -197,7 +197,7 @@ class _Builder:
         def literal(atom: core.Literal) -> Constant:
             return Constant(jnp.asarray(atom.val, getattr(atom.aval, "dtype", None)), jnp.shape(atom.val), frozenset())
 
-        return evaluate(jaxpr, arguments, literal, lambda eqn, ins: self.equation(eqn, ins, at))
+        return outputs_of(jaxpr, arguments, literal, lambda eqn, ins: self.equation(eqn, ins, at))
 
     def equation(self, eqn: Any, ins: list[Value | Constant], at: tuple[int, ...]) -> list[Value | Constant]:
         body = called(eqn)

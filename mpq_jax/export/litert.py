@@ -17,7 +17,7 @@ from jax.extend import core
 
 from mpq_jax.export.coded import Coded, coded, contained, unpacked
 from mpq_jax.export.stablehlo import make_program
-from mpq_jax.jaxprs import bind, called, evaluate, loop
+from mpq_jax.jaxprs import bind, called, loop, outputs_of
 from mpq_jax.types import Policy, QuantizedModel, Refusal
 
 INSTALL = "pip install --no-deps litert-converter"
@@ -193,7 +193,7 @@ def straight_line(closed: core.ClosedJaxpr, *arguments: Any) -> Any:
 
 
 def _evaluate(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
-    return evaluate(closed.jaxpr, [*closed.consts, *arguments], lambda literal: literal.val, _equation)
+    return outputs_of(closed.jaxpr, [*closed.consts, *arguments], lambda literal: literal.val, _equation)
 
 
 def _equation(eqn: Any, ins: list[Any]) -> list[Any]:

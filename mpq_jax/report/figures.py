@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpq_jax.policy import mean_weight_bits
+from mpq_jax.report.scales import FLOAT
 from mpq_jax.report.tables import Grid, Report, chosen_bits, importance_table, searched_layers, searched_pairs
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by colour-blind eyes; greys of two lightnesses for fixed layers.
 WEIGHT, ACTIVATION = "#0072B2", "#D55E00"
 FIXED_WEIGHT, FIXED_ACTIVATION = "#777777", "#BBBBBB"
-FLOAT = 16  # wider than this is float: its bar would flatten all others
 LABELS_UP_TO = 16  # levels whose counts are written above the bars
 LONGEST = 40  # characters of a path beside an axis; the tables have all of it
 

@@ -12,11 +12,10 @@ import numpy as np
 
 from mpq_jax.policy import mean_weight_bits
 from mpq_jax.report import words
-from mpq_jax.report.scales import Scale, Tick, colour, finite
+from mpq_jax.report.scales import FLOAT, Scale, Tick, colour, finite
 from mpq_jax.report.tables import Report, bits_text, chosen_bits, importance_table, searched_layers
 from mpq_jax.types import Bits, Layer
 
-FLOAT = 16  # wider than this is float: its bar would flatten all others
 GUTTER = 46  # px: left of a plot, for the bits; page.css has it too
 HEAD, PANEL, CELL = 22, 112, 20  # px: a panel's title, the height of its bars, of a cell of the heat map
 NARROW, WIDE, LETTER = 326, 986, 7.2  # px: the width of a plot on a phone and on a desk, of a letter of a label

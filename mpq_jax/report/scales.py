@@ -11,6 +11,7 @@ CIVIDIS = (
     *("#8c8878", "#938e78", "#9b9476", "#a39a74", "#aba072", "#b4a76f", "#bcae6c", "#c4b468", "#cdbb63"),
     *("#d5c25e", "#dec958", "#e7d150", "#f0d846", "#f9e03a", "#fee838"),
 )
+FLOAT = 16  # bits wider than this are float: their bar would flatten all others
 
 
 class Tick(NamedTuple):

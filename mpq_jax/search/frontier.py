@@ -1,7 +1,7 @@
 """The whole frontier: the best policy at each of many limits of one budget, the others held.
 
 The limits are walked from the loosest down. A policy that keeps the next limit too is the best there as well, and is
-not searched for again; otherwise the prices of the limit before start the dual, and its policy, repaired, is the
+not searched for again; otherwise the prices of the limit before start the dual, and its policy, made to fit, is the
 first incumbent. All of it is as certified as a single search.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from mpq_jax import costs
 from mpq_jax.files import whole, write_json
 from mpq_jax.importance import total
-from mpq_jax.search.greedy import repair
+from mpq_jax.search.greedy import made_to_fit
 from mpq_jax.search.ilp import Progress, solution, solve_problem
 from mpq_jax.search.others import fits, uniform_policies
 from mpq_jax.search.problem import Problem, build, check_reachable, least
@@ -116,7 +116,7 @@ def _solved(problem: Problem, deadline: float, similar: Progress | None) -> Prog
     began, prices, start = time.monotonic(), None, None
     if similar is not None:
         prices = similar.dual.prices / similar.dual.rooms
-        start = repair(problem, _picks(similar))
+        start = made_to_fit(problem, _picks(similar))
     progress = solve_problem(problem, began, max(0.05, deadline - began), prices=prices, start=start)
     return progress if isinstance(progress, Progress) and progress.picks is not None else None
 

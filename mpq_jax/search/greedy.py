@@ -7,14 +7,14 @@ from mpq_jax.search.problem import Problem
 
 
 def incumbent(problem: Problem, dual: Dual, tries: int = 3) -> np.ndarray | None:
-    """The best of the dual's own policies, each repaired until it fits. -> picks [L], or None"""
+    """The best of the dual's own policies, each made to fit. -> picks [L], or None"""
     rows = np.arange(len(problem.paths))
-    repaired = (repair(problem, picks) for picks in dual.picks[-tries:])
-    fitting = [picks for picks in repaired if picks is not None]
+    offered = (made_to_fit(problem, picks) for picks in dual.picks[-tries:])
+    fitting = [picks for picks in offered if picks is not None]
     return min(fitting, key=lambda picks: problem.value[rows, picks].sum()) if fitting else None
 
 
-def repair(problem: Problem, picks: np.ndarray) -> np.ndarray | None:
+def made_to_fit(problem: Problem, picks: np.ndarray) -> np.ndarray | None:
     """Takes bits away, least loss for the saving first, until every budget holds; then gives back what fits.
 
     Tied rows move their weight bits only. None where that does not reach the budgets.

@@ -127,8 +127,8 @@ def _equation(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], valu
         if (body := called(eqn, PLAIN)) is not None:
             constants = [constant(walk.fresh, c) for c in body.consts]
             return _evaluate(walk, body.jaxpr, [*body.consts, *ins], [*constants, *origins], values)
-        if name in REMATS:
-            return _checkpoint(walk, eqn, ins, origins, values)
+        if (body := called(eqn, REMATS)) is not None:
+            return _checkpoint(walk, eqn, body, ins, origins, values)
         if name == "scan":
             return _scan(walk, eqn, ins, origins, values)
         _note_unreached(walk, eqn, origins)
@@ -206,16 +206,26 @@ def _channel_axes(name: str, params: dict[str, Any], side: int, ndim: int) -> tu
 # ---- control flow -------------------------------------------------------------------------------------------------
 
 
-def _checkpoint(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], values: Mapping[Any, Any]) -> Walked:
+def _checkpoint(
+    walk: _Walk,
+    eqn: Any,
+    body: core.ClosedJaxpr,
+    ins: list[Any],
+    origins: list[Origin],
+    values: Mapping[Any, Any],
+) -> Walked:
     found: list[list[Origin]] = []
+    constants = [constant(walk.fresh, c) for c in body.consts]
 
-    def body(arguments: list[Any], values: Mapping[Any, Any]) -> tuple[list[Any], Taps]:
-        outs, outs_origins, taps = _evaluate(walk, eqn.params["jaxpr"], arguments, origins, values)
+    def walked(arguments: list[Any], values: Mapping[Any, Any]) -> tuple[list[Any], Taps]:
+        outs, outs_origins, taps = _evaluate(
+            walk, body.jaxpr, [*body.consts, *arguments], [*constants, *origins], values
+        )
         found.append(outs_origins)
         return outs, taps
 
     remat = jax.checkpoint(
-        _counted_once(walk, body), prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
+        _counted_once(walk, walked), prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
     )
     outs, taps = remat(ins, values)
     return outs, found[-1], taps

@@ -132,6 +132,6 @@ def loop(eqn: Any, ins: Sequence[Any]) -> Loop:
     if "num_consts" in params:
         consts, carry = params["num_consts"], params["num_carry"]
     else:
-        consts, carry = (len(list(part)) for part in params["ft_in"].unpack()[:2])  # JAX 0.11: by trees
+        consts, carry, _ = (len(list(part)) for part in params["ft_in"].unpack())  # JAX 0.11 tells it by trees
     ins, end = list(ins), consts + carry
     return Loop(params["jaxpr"], ins[:consts], ins[consts:end], ins[end:], params["length"], params["reverse"])

@@ -90,7 +90,8 @@ def own_task() -> Task:
 def main(config: Config, x: jax.Array, labels: jax.Array) -> jax.Array:
     model, variables = prepare(x)
     state = train(model, variables, {"image": x, "label": labels}, classification())
-    solution = search(learned(model, row_variables(state, 0)), f"{config.model.name}.json")
+    importance, _ = repair(learned(model, row_variables(state, 0)))
+    solution = search(importance, f"{config.model.name}.json")
     outputs: jax.Array = model.apply(variables, solution.policy, x, exact=True)
     print(search(load_importance("importance.json"), "again.json").objective, __version__)
     return outputs

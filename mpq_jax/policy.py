@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mpq_jax.costs import KINDS, check_channels, human, saved_limits
+from mpq_jax.costs import KINDS, human, saved_limits
 from mpq_jax.files import read_json, write_json
+from mpq_jax.layer_costs import check_channels
 from mpq_jax.types import Bits, Layer, Policy, Refusal, Solution
 
 FORMAT, VERSION = "mpq-policy", 1

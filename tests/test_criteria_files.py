@@ -98,7 +98,7 @@ def test_kept_reused_and_made_anew(place, capsys, monkeypatch):
         "uniform_activations": 0,
     }
     calls, real = [], compute.compute
-    monkeypatch.setattr(compute, "compute", lambda *a: calls.append(a[0]) or real(*a))
+    monkeypatch.setattr(compute, "compute", lambda *a, **k: calls.append(a[0]) or real(*a, **k))
     before = file.read_bytes()
     # Reused, also without JAX, and whatever settings it does not depend on.
     assert wanted(place, "joint", "mpqco", "--criteria.monotone", "true") == 0 and not calls

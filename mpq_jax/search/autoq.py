@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from mpq_jax import costs
+from mpq_jax.layer_costs import check_channels
 from mpq_jax.policy import nearest
 from mpq_jax.search import ddpg
 from mpq_jax.search.haq import Choose, action_to_bits, nearest_within, reward_of, transitions
@@ -74,7 +75,7 @@ def space_of(problem: Problem, layers: Sequence[Layer], budgets: Sequence[Budget
     for row, count in zip(rows, channels, strict=True):
         for layer in row:
             try:
-                costs.check_channels(layer, count)
+                check_channels(layer, count)
             except Refusal as refusal:
                 raise Refusal(f"{refusal} (a rule shares the bits of {row[0].path!r}; leave it out)") from None
     return Space(problem, rows, tuple(channels), tuple(b for b in budgets if not b.largest))

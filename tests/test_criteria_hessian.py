@@ -108,7 +108,7 @@ def test_trace_of_a_dense_matrix_within_three_standard_errors():
     e, mask = {"x": jnp.zeros(30)}, {"x": np.ones(30, np.float32)}
     draw = jax.jit(lambda i: hawq_v2.quadratic_draw(quadratic(DENSE), e, mask, jax.random.key(i)))
     found = hawq_v2.mean_of_draws(draw, 0.02, 2000)
-    assert found.settled and found.error <= 0.02 and 10 < found.draws < 2000
+    assert found.converged and found.error <= 0.02 and 10 < found.draws < 2000
     assert abs(found.value - np.trace(DENSE)) <= 3 * found.error * found.value
     # The standard error itself: v'Hv has the variance 2 sum of h_ij^2 off the diagonal (Hutchinson 1989).
     variance = 2 * (np.square(DENSE).sum() - np.square(np.diag(DENSE)).sum())
@@ -120,10 +120,10 @@ def test_draws_stop_at_the_error_or_at_the_limit():
     values = np.random.default_rng(0).normal(10, 2, 1000)
     within = hawq_v2.mean_of_draws(lambda i: values[i], 0.05, 500)
     n = within.draws
-    assert within.settled and within.error == pytest.approx(values[:n].std(ddof=1) / np.sqrt(n) / values[:n].mean())
+    assert within.converged and within.error == pytest.approx(values[:n].std(ddof=1) / np.sqrt(n) / values[:n].mean())
     assert within.error <= 0.05
     limited = hawq_v2.mean_of_draws(lambda i: values[i], 0.001, 500)
-    assert not limited.settled and limited.draws == 500 and limited.error > 0.001
+    assert not limited.converged and limited.draws == 500 and limited.error > 0.001
     assert limited.value == pytest.approx(values[:500].mean())
     assert hawq_v2.mean_of_draws(lambda i: 0.0, 0.05, 500) == (0.0, 0.0, 10, True)
 
@@ -142,7 +142,7 @@ def test_largest_eigenvalue(name):
     values, estimate = hawq.largest_eigenvalues(product, first, tolerance=1e-4, most=5000)
     expected = np.linalg.eigvalsh(matrix)[-1]
     np.testing.assert_allclose(values, [expected], rtol=1e-4, atol=1e-6)
-    assert estimate.settled and estimate.value == values.mean()
+    assert estimate.converged and estimate.value == values.mean()
 
 
 def test_eigenvalues_of_several_matrices_at_once():
@@ -151,7 +151,7 @@ def test_eigenvalues_of_several_matrices_at_once():
     first = jnp.asarray(np.random.default_rng(0).normal(size=(4, 30)), jnp.float32)
     values, estimate = hawq.largest_eigenvalues(product, first, tolerance=1e-4, most=5000)
     np.testing.assert_allclose(values, np.linalg.eigvalsh(matrices)[:, -1], rtol=1e-4, atol=1e-5)
-    assert not hawq.largest_eigenvalues(product, first, tolerance=1e-6, most=3)[1].settled
+    assert not hawq.largest_eigenvalues(product, first, tolerance=1e-6, most=3)[1].converged
 
 
 # ---- the network --------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_trace_and_eigenvalue_of_the_full_hessian(wide, kind):
     traces = hawq_v2.traces(quantized, TASK, variables, data, kind, relative_error=0.005, max_draws=6000)
     eigenvalues = hawq.eigenvalues(quantized, TASK, variables, data, kind, tolerance=0.005)
     for path, matrices in full[kind].items():
-        assert traces[path].settled and eigenvalues[path].settled
+        assert traces[path].converged and eigenvalues[path].converged
         trace = np.trace(matrices, axis1=1, axis2=2).mean()
         np.testing.assert_allclose(traces[path].value, trace, rtol=0.02)
         largest = np.linalg.eigvalsh(matrices)[:, -1].mean()

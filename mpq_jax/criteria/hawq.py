@@ -70,8 +70,8 @@ def largest_eigenvalues(
             value, residual, following = _power_step(v, product(v), shift)
             taken += 1
             size, error = float(jnp.abs(value).mean()), float(residual.mean())
-            settled = error <= tolerance * size
-            if settled:
+            converged = error <= tolerance * size
+            if converged:
                 break
             v = following
         # What is negative but next to nothing changes no mean.
@@ -80,7 +80,7 @@ def largest_eigenvalues(
             break
         shift, v = jnp.where(negative, -value, 0.0), _where(negative, _normalised(start), v)
     value = np.asarray(value, np.float64)
-    return value, Estimate(float(value.mean()), error / size if size else 0.0, taken, settled)
+    return value, Estimate(float(value.mean()), error / size if size else 0.0, taken, converged)
 
 
 @jax.jit
@@ -201,5 +201,5 @@ def _joined(found: Sequence[Estimate], sizes: Sequence[int]) -> Estimate:
         value=float(shares @ [each.value for each in found]),
         error=float(shares @ [each.error for each in found]),
         draws=max(each.draws for each in found),
-        settled=all(each.settled for each in found),
+        converged=all(each.converged for each in found),
     )

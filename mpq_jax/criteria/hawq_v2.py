@@ -78,9 +78,9 @@ def mean_of_draws(draw: Callable[[int], Any], relative_error: float, max_draws: 
             continue
         mean = math.fsum(values) / n
         error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-        settled = error <= relative_error * abs(mean)
-        if settled or n >= max_draws:
-            return Estimate(mean, error / abs(mean) if mean else 0.0 if settled else math.inf, n, settled)
+        converged = error <= relative_error * abs(mean)
+        if converged or n >= max_draws:
+            return Estimate(mean, error / abs(mean) if mean else 0.0 if converged else math.inf, n, converged)
 
 
 def traces(

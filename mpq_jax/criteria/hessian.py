@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
     value: float
     error: float
     draws: int
-    settled: bool
+    converged: bool
 
 
 # ---- the loss in a perturbation -----------------------------------------------------------------------------------
@@ -154,17 +154,17 @@ def second_order(
 
 def _said(estimates: Mapping[str, Estimate], what: str, name: str) -> list[str]:
     """Where draws stopped and why, and what was negative."""
-    settled = [each for each in estimates.values() if each.settled]
+    converged = [each for each in estimates.values() if each.converged]
     notes = []
-    if settled:
-        draws = sorted(each.draws for each in settled)
-        worst = sites.percent([each.error for each in settled])
+    if converged:
+        draws = sorted(each.draws for each in converged)
+        worst = sites.percent([each.error for each in converged])
         notes.append(
-            f"{what}: {len(settled)} of {len(estimates)} within the error asked for after {draws[0]} to {draws[-1]} "
+            f"{what}: {len(converged)} of {len(estimates)} within the error asked for after {draws[0]} to {draws[-1]} "
             f"{name} (largest error {worst})"
         )
     for path, each in estimates.items():
-        if not each.settled:
+        if not each.converged:
             notes.append(
                 f"{what}: {path} stopped at the limit of {each.draws} {name}, error {sites.percent([each.error])}"
             )

@@ -92,6 +92,7 @@ def repaired(table: Table) -> Table:
 
 
 def parse_budgets(arguments: argparse.Namespace, importance, texts: Sequence[str]):
+    """`costs.parse_budgets` for this table, with the measured latencies of --latency."""
     from mpq_jax import costs
 
     latency = costs.load_latency(arguments.latency) if arguments.latency else None
@@ -101,6 +102,10 @@ def parse_budgets(arguments: argparse.Namespace, importance, texts: Sequence[str
 
 
 def import_limpq(arguments: argparse.Namespace, overrides: Sequence[str]) -> Path:
+    """Makes an importance.json of LIMPQ's own indicators. -> where it is: beside them, or --out where nothing else is asked
+
+    Raises Refusal where they are not those of the config's model.
+    """
     from mpq_jax import config as config_lib
     from mpq_jax import limpq
     from mpq_jax.importance import save_importance
@@ -123,6 +128,7 @@ def import_limpq(arguments: argparse.Namespace, overrides: Sequence[str]) -> Pat
 
 
 def answer_describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Prints layers, and what uniform policies cost: nothing is trained, and no data are read but a user's own."""
     if arguments.config is None and arguments.model is None:
         raise Refusal(
             "--describe needs --config, e.g. --config configs/digits.py, or --model my_package.module:factory"
@@ -177,6 +183,7 @@ def check_budgets(table: Table, budgets, walked: bool) -> None:
 
 
 def write_policy(arguments: argparse.Namespace, table: Table, budgets, out: Path):
+    """Searches, writes policy.json, and prints it beside others. -> the Solution. Raises Refusal as `search.solve` does."""
     from mpq_jax import importance as importances
     from mpq_jax.policy import replaced, save_policy
     from mpq_jax.search import show, solve
@@ -196,6 +203,7 @@ def write_policy(arguments: argparse.Namespace, table: Table, budgets, out: Path
 
 
 def write_frontier(arguments: argparse.Namespace, table: Table, budgets, folder: Path, chosen):
+    """Walks the first budget's limit; writes frontier.json and frontier.png. chosen: a Solution to mark, or None."""
     from mpq_jax.importance import sha256
     from mpq_jax.search import frontier as frontiers
     from mpq_jax.search import show

@@ -172,9 +172,9 @@ def test_what_regression_refuses_and_says():
     with pytest.raises(Refusal, match="above 0 and up to 1"):
         regression.regression(MODEL, logged(truth, 100), settled=0.0)
     log = logged(truth, 100)
-    same = log._replace(assignment=np.repeat(log.assignment[..., :1], 2, -1) // 2 * 2)
+    same = log._replace(policies=np.repeat(log.policies[..., :1], 2, -1) // 2 * 2)
     model = MODEL._replace(bit_widths=(2, 4, 6), activation_bit_widths=(2, 4, 6), layers=LAYERS[:2] + LAYERS[4:])
-    notes = regression.regression(model, same._replace(assignment=same.assignment[:, [0, 3]])).notes
+    notes = regression.regression(model, same._replace(policies=same.policies[:, [0, 3]])).notes
     assert any("always drawn alike" in note for note in notes)
 
 

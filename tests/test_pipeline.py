@@ -13,7 +13,7 @@ from made_reports import rows_of, table_named, taken_apart
 import search
 import train
 from mpq_jax import joint, logs, stages
-from mpq_jax.criteria.learned import RowLog, fit_alpha, load_rows
+from mpq_jax.criteria.learned import RowLog, fit_alpha, load_rows, save_rows
 from mpq_jax.importance import load_importance
 from mpq_jax.types import Bits, Importance, Layer
 from mpq_jax.workdir import latest_step, load_config
@@ -246,7 +246,7 @@ def test_cheaper_joint_training_stopped_and_resumed(place, monkeypatch):
     variables, task = joint.row_variables(state, 0), joint.classification()
     batches = list(itertools.islice(stages._train_batches(run, 16, "alpha")(0), 2))
     for number in (0, 23):
-        bits = rows.assignment[number]
+        bits = rows.policies[number]
         chosen = {
             **{layer.path: layer.bits for layer in run.model.layers if layer.bits},
             **dict(zip((ly.path for ly in run.model.layers if ly.searched), (Bits(*b) for b in bits), strict=True)),
@@ -268,14 +268,26 @@ def test_fit_alpha_finds_the_alpha_of_made_losses():
     widths = (2, 3, 4)
     layers = tuple(Layer(f"l{i}", 1, 1, True) for i in range(5))
     weight, activation = (np.sort(rng.random((5, 3)))[:, ::-1] for _ in range(2))
-    assignment = rng.integers(2, 5, (400, 5, 2))
+    policies = rng.integers(2, 5, (400, 5, 2))
     rows = np.arange(5)
-    harm = activation[rows, assignment[..., 1] - 2].sum(1) + 3.0 * weight[rows, assignment[..., 0] - 2].sum(1)
+    harm = activation[rows, policies[..., 1] - 2].sum(1) + 3.0 * weight[rows, policies[..., 0] - 2].sum(1)
     drift = rng.normal(size=400)
-    log = RowLog(np.arange(400), assignment, (0.2 * harm + drift + 0.7).astype(np.float32), drift.astype(np.float32))
+    log = RowLog(np.arange(400), policies, (0.2 * harm + drift + 0.7).astype(np.float32), drift.astype(np.float32))
     table = Importance("learned", widths, widths, layers, weight, activation)
     assert abs(np.log(fit_alpha(table, log) / 3.0)) < 0.1
     assert fit_alpha(table, log._replace(**{k: getattr(log, k)[:4] for k in log._fields})) == 1.0
+
+
+def test_a_log_is_read_under_the_name_that_policies_had(tmp_path):
+    rng = np.random.default_rng(1)
+    layers = (Layer("a", 4, 4, True), Layer("fixed", 4, 4, False, Bits(8, 8)), Layer("b", 4, 4, True))
+    log = RowLog(np.arange(3), rng.integers(2, 5, (3, 2, 2)), rng.random(3), rng.random(3))
+    save_rows(tmp_path / "new.npz", layers, log)
+    with np.load(tmp_path / "new.npz") as file:
+        np.savez(tmp_path / "old.npz", **{"assignment" if name == "policies" else name: file[name] for name in file})
+    for name in ("new", "old"):
+        for mine, kept in zip(log, load_rows(tmp_path / f"{name}.npz", layers), strict=True):
+            np.testing.assert_array_equal(mine, kept)
 
 
 def test_dropout_scan_and_no_batch_statistics(place, tmp_path):

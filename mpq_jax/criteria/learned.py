@@ -20,12 +20,12 @@ OTHERS = ("hawq", "hawq_v2", "mpqco", "output_fisher", "regression", "one_at_a_t
 class RowLog(NamedTuple):
     """What the random rows of joint training cost.
 
-    step: int32 [N]. assignment: int32 [N, L, 2], weight and activation bits of the searched layers.
+    step: int32 [N]. policies: int32 [N, L, 2], weight and activation bits of the searched layers.
     loss: float32 [N]. reference: float32 [N], the mean loss of the same step's uniform rows (same weights, same batch).
     """
 
     step: np.ndarray
-    assignment: np.ndarray
+    policies: np.ndarray
     loss: np.ndarray
     reference: np.ndarray
 
@@ -35,14 +35,14 @@ def load_rows(path: str | Path, layers: Sequence[Layer]) -> RowLog:
     again = "make it again with: python train.py --config … --workdir …"
     try:
         with np.load(path) as file:
-            names, step, assignment, loss, uniform = (
-                file[name] for name in ("layers", "step", "assignment", "loss", "uniform")
-            )
+            # What the policies were called in the files of earlier runs.
+            policies = file["policies" if "policies" in file else "assignment"]
+            names, step, loss, uniform = (file[name] for name in ("layers", "step", "loss", "uniform"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise Refusal(f"{path} cannot be read: {str(error).splitlines()[0]}; {again}") from None
     if names.tolist() != [layer.path for layer in layers if layer.searched]:
         raise Refusal(f"{path} is of other layers than this model's; {again}")
-    return RowLog(step, assignment, loss, uniform.mean(-1))
+    return RowLog(step, policies, loss, uniform.mean(-1))
 
 
 def save_rows(path: Path, layers: Sequence[Layer], log: RowLog) -> None:
@@ -53,7 +53,7 @@ def save_rows(path: Path, layers: Sequence[Layer], log: RowLog) -> None:
             temporary,
             layers=names,
             step=log.step,
-            assignment=log.assignment,
+            policies=log.policies,
             loss=log.loss,
             uniform=log.reference[:, None],
         )
@@ -131,7 +131,7 @@ def fit_alpha(importance: Importance, log: RowLog) -> float:
     target = (log.loss - log.reference)[late].astype(np.float64)
     if len(target) < 8:
         return 1.0
-    w, a = _sums(importance, log.assignment[late])
+    w, a = _sums(importance, log.policies[late])
     best, best_fit = 1.0, 0.0
     for alpha in np.logspace(-3, 3, 121):
         x = a + alpha * w
@@ -143,7 +143,7 @@ def fit_alpha(importance: Importance, log: RowLog) -> float:
     return float(f"{best:.4g}")
 
 
-def _sums(importance: Importance, assignment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sums(importance: Importance, policies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[N], [N]: each row's sum of weight and of activation indicators."""
     assert importance.weight is not None and importance.activation is not None
 
@@ -152,6 +152,6 @@ def _sums(importance: Importance, assignment: np.ndarray) -> tuple[np.ndarray, n
         return table[np.arange(table.shape[0]), column].sum(-1)
 
     return (
-        total(importance.weight, importance.bit_widths, assignment[..., 0]),
-        total(importance.activation, importance.activation_bit_widths, assignment[..., 1]),
+        total(importance.weight, importance.bit_widths, policies[..., 0]),
+        total(importance.activation, importance.activation_bit_widths, policies[..., 1]),
     )

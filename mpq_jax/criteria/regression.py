@@ -88,9 +88,9 @@ def coupled(model: QuantizedModel, pairs: Sequence[Pair], units: Sequence[Decisi
     return list(found)
 
 
-def _centred(unit: Decision, assignment: np.ndarray) -> np.ndarray:
+def _centred(unit: Decision, policies: np.ndarray) -> np.ndarray:
     """[N, k]: one column a candidate, 1 where it was drawn, minus what a uniform draw gives."""
-    bits = assignment[:, unit.rows[0], 0 if unit.kind == "w" else 1]
+    bits = policies[:, unit.rows[0], 0 if unit.kind == "w" else 1]
     return (bits[:, None] == np.array(unit.candidates)) - 1 / len(unit.candidates)
 
 
@@ -115,7 +115,7 @@ class Design(NamedTuple):
 def _design(
     units: Sequence[Decision], pairs: Sequence[tuple[int, int]], log: RowLog, widths: Mapping[str, Sequence[int]]
 ) -> Design:
-    columns = [_centred(unit, log.assignment) for unit in units]
+    columns = [_centred(unit, log.policies) for unit in units]
     alone = np.concatenate(columns, axis=1)
     # Widths that all decisions of a kind share, each counted once a layer.
     names = [(kind, bits) for kind in "wa" for bits in widths[kind]]
@@ -156,7 +156,7 @@ def fitted(
     notes = [f"{len(target)} of {len(rows.loss)} rows; penalty {penalty:.2g}; out of fold, R^2 is {r2:.3f}"]
     if couples:
         notes.append(f"{len(couples)} pairs of decisions, their effects scaled by {scale:g}")
-    if (rows.assignment[..., 0] == rows.assignment[..., 1]).all():
+    if (rows.policies[..., 0] == rows.policies[..., 1]).all():
         notes.append(
             "weights and activations were always drawn alike, so that their parts cannot be told apart: "
             "each gets half (train with --joint.same_bits false to know)"

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mpq_jax import digests
+from mpq_jax import digests, processes
 from mpq_jax.types import Refusal
 
 
@@ -26,7 +26,8 @@ def manager(directory: str | Path, keep: int = 2) -> Iterator[ocp.CheckpointMana
     What a killed save left there is deleted: nobody else may save into it (lock.py).
     """
     directory = Path(directory).absolute()
-    _sweep(directory)
+    if processes.first():
+        _sweep(directory)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
     opened = ocp.CheckpointManager(directory, options=options)
     try:
@@ -46,8 +47,7 @@ def save(opened: ocp.CheckpointManager, step: int, state: Any) -> None:
     try:
         with _errors_held():
             opened.save(step, args=ocp.args.StandardSave(state))
-            digests.write(directory / str(step))
-            digests.sweep(directory)
+            processes.first_only(lambda: _seal(directory, step))
     except (OSError, ValueError, RuntimeError) as error:  # tensorstore's are of all three kinds
         failure = _reason(error)
     if failure is not None:
@@ -59,6 +59,11 @@ def save(opened: ocp.CheckpointManager, step: int, state: Any) -> None:
             + ("there is none before it" if kept is None else f"step {kept} is kept")
             + "; make room, and give the same command again"
         )
+
+
+def _seal(directory: Path, step: int) -> None:
+    digests.write(directory / str(step))
+    digests.sweep(directory)
 
 
 @contextlib.contextmanager
@@ -105,10 +110,17 @@ def restore(opened: ocp.CheckpointManager, like: Any) -> tuple[int, Any] | None:
     Raises Refusal where the checkpoint holds another structure: it belongs to another model or program.
     """
     directory = Path(opened.directory)
+    step = processes.from_first(_newest_whole(opened) if processes.first() else None)
+    return None if step is None else (step, read(directory, step, like))
+
+
+def _newest_whole(opened: ocp.CheckpointManager) -> int | None:
+    """The step of the newest checkpoint that is not damaged; damaged ones are named and set aside."""
+    directory = Path(opened.directory)
     for step in sorted(opened.all_steps(), reverse=True):
         damage = digests.damage(directory / str(step))
         if damage is None:
-            return step, read(directory, step, like)
+            return step
         aside = digests.set_aside(directory / str(step))
         opened.reload()
         before = max(opened.all_steps(), default=None)

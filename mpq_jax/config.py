@@ -174,6 +174,17 @@ class Logs:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parallel:
+    data: int = 1  # devices that share a batch; 0: all that row leaves
+    row: int = 1  # devices that share the rows of joint training
+    fsdp: bool = False  # parameters and optimizer split over data, not copied
+    distributed: bool = False  # several processes, which JAX finds: TPU pods, Slurm, Open MPI
+    coordinator: str = ""  # host:port of process 0, where JAX cannot find the processes; with the next two
+    processes: int = 0
+    process: int = -1  # this one's number, from 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a run. In an option's name: --seed, --joint.steps."""
 
@@ -187,6 +198,7 @@ class Config:
     finetune: Finetune = Finetune()
     criteria: Criteria = Criteria()
     logs: Logs = Logs()
+    parallel: Parallel = Parallel()
     eval_batch_size: int = 500
     statistics_batches: int = 50  # training batches that normalisation statistics are re-estimated on; too few miss
     # what a channel that is almost always dead does when it is not

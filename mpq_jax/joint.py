@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mpq_jax import flax_seam
+from mpq_jax import flax_seam, parallel
 from mpq_jax.operands import with_state
 from mpq_jax.policy import stack
 from mpq_jax.policy import uniform as uniform_policy
@@ -175,6 +175,7 @@ def joint_loss(
     error_weight: float = 0.0,
     task_weight: float | jax.Array = 1.0,
     sliced: bool = False,
+    layout: parallel.Layout | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, Any, Any]]:
     """The sum of the rows' losses (LIMPQ algorithm 1), all rows under one `jax.vmap`.
 
@@ -208,7 +209,7 @@ def joint_loss(
     outputs, stats, measured = jax.vmap(forward, (0, 0, per_row))(rows, policies, batch)
     losses = jax.vmap(task.loss, (0, per_row))(outputs, batch)
     if distill is not None:
-        losses = _distilled(distill, losses, logits_of(outputs), policies, batch)
+        losses = _distilled(distill, losses, logits_of(outputs), policies, batch, layout)
     total = task_weight * losses + error_weight * measured.get("error", 0.0) + measured.get("penalty", 0.0)
     moved = jax.tree.map(lambda x: x.sum(0), measured.get("state", {}))
     return total.sum(), (losses, stats, moved)
@@ -225,14 +226,15 @@ def _terms(model: QuantizedModel, error_weight: float) -> tuple[str, ...]:
     return tuple(term for term, want in wanted.items() if want)
 
 
-def _distilled(distill: Distill, losses, outputs, policies, batch):
+def _distilled(distill: Distill, losses, outputs, policies, batch, layout):
     """Mixes in the divergence from the teacher; the widest row itself keeps its plain loss."""
     if distill.teacher == "given":
         teacher, is_teacher = batch["teacher"][None], jnp.zeros(losses.shape, bool)
     else:
         width = sum(bits.w + bits.a for bits in policies.values())
+        (everyone, width), first = parallel.rows_everywhere((jax.lax.stop_gradient(outputs), width), layout)
         widest = jnp.argmax(width)
-        teacher, is_teacher = outputs[widest][None], jnp.arange(losses.shape[0]) == widest
+        teacher, is_teacher = everyone[widest][None], first + jnp.arange(losses.shape[0]) == widest
     target = jax.lax.stop_gradient(jax.nn.log_softmax(teacher.astype(jnp.float32)))
     mine = jax.nn.log_softmax(outputs.astype(jnp.float32))
     divergence = (jnp.exp(target) * (target - mine)).sum(-1)
@@ -270,14 +272,15 @@ def make_step(
     average: float = 0.0,
     dropout: bool = False,
     sliced: bool = False,
+    layout: parallel.Layout | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """step(state, batch, key, fixed) -> (state, {"losses": [P], "assignment": int32 [R, L, 2], "gradient_norm": []}).
 
     fixed: the stack of rows that stay from step to step (the uniform ones; the policy in fine-tuning), an argument of
         the step, so that other policies are no other program; None: one float row.
     random: R rows drawn anew each step from `key` and the state's step number.
-    rows_at_a_time: map so many rows at once and accumulate (0: all). Must divide P. Not fewer than all with distillation
-        in place, whose teacher is one of the rows.
+    rows_at_a_time: map so many rows at once and accumulate (0: all). Must divide P (those of one device, in a layout). Not
+        fewer than all with distillation in place, whose teacher is one of the rows.
     error_weight: as in joint_loss. error_steps: in the first steps there is nothing but that term. Where step sizes
         are far off, the task's gradients of early layers grow with every layer behind them and drown it.
     State leaves of the quantizer are moved on once a step: each row gives its value for the leaf of its own bits, and
@@ -285,13 +288,14 @@ def make_step(
     average: decay of the moving average of the parameters (0: none).
     dropout: give the model the task's random streams each step (Linen; an NNX model carries its own).
     sliced: every row sees a slice of the batch (`slices`), no sample twice: a step costs one pass in place of P.
+    layout: of many devices; see parallel.py.
     The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
     """
 
     def draw(key):
         return random_rows(key, model.layers, model.bit_widths, model.activation_bit_widths, random, same_bits)
 
-    def gradients(state, policies, batch, rngs):
+    def gradients(state, policies, own, batch, rngs):
         task_weight = jnp.where(state.step < error_steps, 0.0, 1.0) if error_weight and error_steps else 1.0
 
         def loss(trained, rows, policies, own):
@@ -309,15 +313,15 @@ def make_step(
                 error_weight=error_weight,
                 task_weight=task_weight,
                 sliced=own is not None,
+                layout=layout,
             )
 
-        rows = state.rows["index"].shape[0]
+        rows = state.rows["index"].shape[0]  # in a layout those of one device
         if distill is not None and distill.teacher != "given" and rows_at_a_time not in (0, rows):
             raise Refusal(
                 f"distillation from the widest row needs all {rows} rows at once, not {rows_at_a_time} at a time; leave "
                 "out rows_at_a_time, or the distillation"
             )
-        own = slices(batch, rows) if sliced else None
         return _accumulated(loss, state, policies, own, rows_at_a_time)
 
     def step(state: TrainState, batch: Batch, key: jax.Array, fixed: Mapping[str, Bits] | None = None):
@@ -331,7 +335,9 @@ def make_step(
             searched = [layer for layer in model.layers if layer.searched]
             metrics["assignment"] = assignment_array(drawn, searched)
         rngs = random_streams(task, key_dropout) if dropout else None
-        grads, losses, stats, moved = gradients(state, policies, batch, rngs)
+        own = slices(batch, state.rows["index"].shape[0]) if sliced else None
+        spread = parallel.by_rows(gradients, layout)
+        grads, losses, stats, moved = spread(state, policies, own, None if sliced else batch, rngs)
         trained = (state.params, state.rows["affine"])
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
         params, affine = optax.apply_updates(trained, updates)
@@ -341,7 +347,7 @@ def make_step(
         rows = {**state.rows, "stats": stats, "affine": affine}
         return TrainState(params, rows, optimizer_state, averaged, state.step + 1), metrics
 
-    return step
+    return step if layout is None else parallel.laid_out(step, layout)
 
 
 def _accumulated(loss, state: TrainState, policies, own, rows_at_a_time: int):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import __version__, costs, flax_seam, importance, joint, policy, report, stages
+from mpq_jax import __version__, costs, flax_seam, importance, joint, policy, processes, report, stages
 from mpq_jax.config import Config
 from mpq_jax.criteria.learned import learned, save_rows, unlearnable
 from mpq_jax.files import read_json, write_json
@@ -57,6 +57,8 @@ def learn(config: Config, workdir: Path) -> Importance | None:
     searched = sum(layer.searched for layer in run.model.layers)
     start = stages.calibrated(run, variables)
     state, log = stages.joint_train(run, start)
+    if not processes.first():
+        return None  # the log and the files are process 0's
     if reason:
         print(f"joint training is done: {workdir}")
         return None
@@ -119,6 +121,7 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
     contestants: list[Contestant] = [("mixed", [mixed])]
     if config.finetune.compare and budgets:
         contestants = [*_compared(table, budgets, config), *contestants]
+    contestants = _from_first(contestants)
     finetune = stages.finetuner(run, float_variables)
     beginning = starts(run, joint_state, start)
     trained = {
@@ -131,6 +134,8 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
     for name, group in contestants:
         measured = [_evaluated(run, v, p, "test") for v, p in zip(trained[name], group, strict=True)]
         rows.append(_row(name, table, measured, group))
+    if not processes.first():
+        return workdir / "report.md"
     made = report.Report(
         title=f"{config.model.name} on {config.data.name}",
         importance=table,
@@ -186,6 +191,19 @@ def _compared(table: Importance, budgets: Sequence[Budget], config: Config) -> l
             found.append(("random", others))
             break
     return found
+
+
+def _from_first(contestants: list[Contestant]) -> list[Contestant]:
+    """Process 0's contestants: all train the same policies, whatever files or solvers gave them."""
+    plain = [(name, [{path: list(bits) for path, bits in p.items()} for p in group]) for name, group in contestants]
+
+    def bits(w, a):
+        return Bits(tuple(w) if isinstance(w, list) else w, a)
+
+    return [
+        (name, [{path: bits(*entry) for path, entry in p.items()} for p in group])
+        for name, group in processes.from_first(plain)
+    ]
 
 
 def starts(run: stages.Run, joint_state: joint.TrainState | None, calibrated: Mapping[str, Any]) -> Mapping[str, Any]:

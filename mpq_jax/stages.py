@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpq_jax import build, checkpoint, data, flax_seam, joint, logs, optimizers, stopping
+from mpq_jax import build, checkpoint, data, flax_seam, joint, logs, optimizers, parallel, processes, stopping
 from mpq_jax.config import Config, Finetune, Joint, Pretrain
 from mpq_jax.criteria.learned import RowLog
 from mpq_jax.fewer_widths import filled_in, trained_on
@@ -34,7 +34,7 @@ class Run(NamedTuple):
     """What every stage needs.
 
     source: the float model that `model` was made from. statistics, evaluate: joint's functions of those names, compiled
-    once for all policies. sinks: of the logs.
+    once for all policies. sinks: of the logs. layout: of the devices.
     """
 
     config: Config
@@ -46,6 +46,7 @@ class Run(NamedTuple):
     statistics: Callable[..., Any]
     evaluate: Callable[..., Any]
     sinks: tuple[logs.Sink, ...]
+    layout: parallel.Layout
 
     def task(self, label_smoothing: float = 0.0) -> Task:
         """What the run trains for. Raises Refusal for label smoothing of a loss that is the model's own."""
@@ -62,8 +63,9 @@ class Run(NamedTuple):
 
 def open_run(config: Config, workdir: Path) -> Run:
     """Opens the data set and builds the model. Raises Refusal for whatever is missing."""
-    sinks = logs.sinks(config, workdir)
-    dataset = build.open_data(config)
+    layout = parallel.layout(config.parallel)
+    sinks = logs.sinks(config, workdir) if processes.first() else ()
+    dataset = processes.first_alone(lambda: build.open_data(config))  # it may have to be prepared
     source = build.float_model(config, dataset.num_classes)
     model = build.quantized(config, source, dataset.features)
     variables = build.float_variables(config, source, model, dataset.features)
@@ -75,9 +77,10 @@ def open_run(config: Config, workdir: Path) -> Run:
         source,
         model,
         variables,
-        statistics=jax.jit(joint.make_batch_statistics(model, task, dropout=_is_linen(model))),
-        evaluate=jax.jit(joint.make_evaluate(model, task)),
+        statistics=parallel.compiled(joint.make_batch_statistics(model, task, dropout=_is_linen(model)), layout),
+        evaluate=parallel.compiled(joint.make_evaluate(model, task), layout),
         sinks=sinks,
+        layout=layout,
     )
 
 
@@ -115,26 +118,27 @@ def train(
     config = run.config
     directory = run.workdir / stage
     key = jax.random.fold_in(jax.random.key(config.seed), sum(map(ord, stage)))
-    # The step consumes its state; the caller's arrays stay. All on one device by name, as a step's results are that has
-    # seen one array of a checkpoint: else the second step would be compiled again.
-    state = jax.device_put(jax.tree.map(jnp.copy, state), jax.devices()[0])
-    whole_step = latest_whole(directory)[0]
+    # A copy: the step consumes its state, and the caller's arrays stay.
+    state = parallel.place_state(run.layout, state)
+    key, fixed = parallel.place(run.layout, (key, fixed))
+    whole_step = processes.from_first(latest_whole(directory)[0] if processes.first() else None)
     if whole_step is not None and whole_step >= steps:
-        if recorder:
+        if recorder and processes.first():
             recorder.load(whole_step)
-        return checkpoint.read(directory, whole_step, state)
+        return parallel.whole(run.layout, checkpoint.read(directory, whole_step, state))
     with checkpoint.manager(directory) as manager, stopping.saves():
         found = checkpoint.restore(manager, state)
         first, state = found if found else (0, state)
         log = logs.recorder(stage, directory, row_names, config.log_every, run.sinks)
-        recorders = [log, *([recorder] if recorder else [])]
+        recorders = [log, *([recorder] if recorder else [])] if processes.first() else []
         if stop(first, state):
             # It ended before its steps did: nothing is left to do or to drop; what was recorded may be asked for.
-            if recorder:
+            if recorder and processes.first():
                 recorder.load(first)
-            return state
+            return parallel.whole(run.layout, state)
         for each in recorders:
             each.load(first)
+        agreed = processes.agreement(AHEAD)
         pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         stream = iter(batches(first))
         todo = logs.traced(
@@ -143,14 +147,14 @@ def train(
             run.workdir / "profile" / stage,
             settle=lambda: jax.block_until_ready(state),
         )
-        bar_of = progress(todo, total=steps - first, label=stage.partition("/")[0])
+        bar_of = progress(todo, total=steps - first, label=stage.partition("/")[0], stream=processes.error_stream())
         with contextlib.closing(log), contextlib.closing(todo), bar_of as bar:
             for i in bar:
-                state, metrics = step(state, next(stream), key, fixed)
+                state, metrics = step(state, parallel.place_batch(run.layout, next(stream)), key, fixed)
                 pending.append((i, metrics))
                 if len(pending) >= AHEAD:  # few steps are under way at a time: what SIGTERM waits for is short
                     jax.block_until_ready(pending[-AHEAD])
-                asked = stopping.asked()
+                asked = agreed(stopping.asked())
                 last = i + 1 == steps or stop(i + 1, state) or asked
                 due = last or (i + 1) % config.checkpoint_every == 0
                 if due or (i + 1) % config.log_every == 0:
@@ -166,7 +170,7 @@ def train(
                     raise stopping.Stopped(f"step {i + 1} of {steps} is saved in {directory}")
                 if last:
                     break
-    return state
+    return parallel.whole(run.layout, state)
 
 
 def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,12 +218,24 @@ def steps_of(settings: Pretrain | Joint | Finetune, run: Run) -> int:
 
 
 def _train_batches(run: Run, batch_size: int, stage: str) -> Callable[[int], Iterator[Any]]:
+    """batches(first step) -> this process's part of the batches. "calibrate", "alpha": all of them, for one device."""
     seed = run.config.seed * 1000 + sum(map(ord, stage)) % 1000
+    index, count = 0, 1
+    if stage not in ("calibrate", "alpha"):
+        option = "joint" if stage == "statistics" else stage
+        parallel.check_batch(run.layout, batch_size, f"{option}.batch_size")
+        index, count = parallel.block(run.layout)
 
     def batches(first_step: int) -> Iterator[Any]:
         return iter(
             data.train_batches(
-                run.dataset, batch_size, seed=seed, first_step=first_step, workers=run.config.data.workers
+                run.dataset,
+                batch_size,
+                seed=seed,
+                first_step=first_step,
+                process_index=index,
+                process_count=count,
+                workers=run.config.data.workers,
             )
         )
 
@@ -241,10 +257,12 @@ def pretrain(run: Run) -> Mapping[str, Any]:
         settings.momentum,
         settings.weight_decay,
     )
-    step = joint.make_step(run.model, run.task(settings.label_smoothing), optimizer, dropout=_is_linen(run.model))
+    step = joint.make_step(
+        run.model, run.task(settings.label_smoothing), optimizer, dropout=_is_linen(run.model), layout=run.layout
+    )
     state = joint.init_state(run.variables, optimizer, 1)
     if run.source.is_trained:
-        _keep(run.workdir / "pretrain", steps, state)
+        _keep(run.workdir / "pretrain", steps, parallel.place_state(run.layout, state))
     batches = _train_batches(run, settings.batch_size, "pretrain")
     return joint.row_variables(train(run, "pretrain", state, compile_step(step), steps, batches, ["float"]), 0)
 
@@ -261,7 +279,8 @@ def _keep(directory: Path, steps: int, state: joint.TrainState) -> None:
 
 
 def calibrated(run: Run, variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The float variables with step sizes started from one batch."""
+    """The float variables with step sizes started from one batch: whole, on each process's first device, so that they
+    are the same on any number of devices."""
     batch = next(_train_batches(run, max(run.config.joint.batch_size, 256), "calibrate")(0))
     task = run.task()
     calibrate = jax.jit(lambda v, x: run.model.calibrate(v, *x, **task.eval_kwargs))
@@ -345,6 +364,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
     uniform = joint.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
     widths = sorted({*model.bit_widths, *model.activation_bit_widths})
     names = [build.uniform_name(b) for b in widths] + [f"random{i + 1}" for i in range(settings.random_rows)]
+    parallel.check_rows(run.layout, len(names), settings.rows_at_a_time)
     step = joint.make_step(
         model,
         run.task(settings.label_smoothing),
@@ -358,6 +378,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
         average=settings.average,
         dropout=_is_linen(model),
         sliced=settings.slices,
+        layout=run.layout,
     )
     state = joint.init_state(
         variables, optimizer, len(names), affine_per_row=settings.affine_per_row, average=settings.average > 0
@@ -369,7 +390,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
     recorder = logs.Recorder(log.load, log.add, log.flush) if settings.random_rows else None
     stop = joint_settled(settings, steps)
     state = train(run, "joint", state, compile_step(step), steps, batches, names, uniform, recorder, stop)
-    if stop(ended := int(state.step), state):
+    if stop(ended := int(state.step), state) and processes.first():
         write_json(run.workdir / "joint" / SETTLED, {"format": "mpq-settled", "version": 1, "step": ended})
     if settings.bit_widths:
         average = None if state.average is None else filled_in(run.model, model, state.average)
@@ -532,7 +553,15 @@ def finetuner(run: Run, teacher: Mapping[str, Any]) -> Callable[..., Mapping[str
     optimizer = finetune_optimizer(model, settings, steps)
     task = run.task(settings.label_smoothing)
     distill = joint.Distill(settings.distill, "given") if settings.distill else None
-    step = joint.make_step(model, task, optimizer, distill=distill, average=settings.average, dropout=_is_linen(model))
+    step = joint.make_step(
+        model,
+        task,
+        optimizer,
+        distill=distill,
+        average=settings.average,
+        dropout=_is_linen(model),
+        layout=run.layout,
+    )
     compiled = compile_step(_taught(step, model, task, teacher) if distill else step)
     batches = _train_batches(run, settings.batch_size, "finetune")
 
@@ -573,8 +602,10 @@ def reestimated(run: Run, params: Any, stats: Any, policies: Mapping[str, Bits] 
         return stats
     batches = _train_batches(run, run.config.joint.batch_size, "statistics")(0)
     total = None
+    placed = parallel.place(run.layout, (params, stats, policies))
     for _ in range(run.config.statistics_batches):
-        new = run.statistics(params, stats, policies, next(batches))
+        new = run.statistics(*placed, parallel.place_batch(run.layout, next(batches)))
+        new = parallel.whole(run.layout, new)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
     return {**stats, "batch_stats": jax.tree.map(lambda x: x / run.config.statistics_batches, total)}
 
@@ -594,11 +625,14 @@ def evaluate(
     losses: Any = 0.0
     right: Any = 0
     examples = 0
-    for batch in data.eval_batches(run.dataset, split, run.config.eval_batch_size, limit=limit):
-        loss, correct, count = run.evaluate(params, stats, policies, batch)
+    index, count = parallel.block(run.layout)
+    size = parallel.up_to(run.layout, run.config.eval_batch_size)
+    placed = parallel.place(run.layout, (params, stats, policies))
+    for batch in data.eval_batches(run.dataset, split, size, limit=limit, process_index=index, process_count=count):
+        loss, correct, valid = run.evaluate(*placed, parallel.place_batch(run.layout, batch))
         losses, right, examples = (
             losses + np.asarray(loss, np.float64),
             right + np.asarray(correct),
-            examples + int(count),
+            examples + int(valid),
         )
     return losses / examples, right / examples

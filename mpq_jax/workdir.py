@@ -1,5 +1,6 @@
 """A run's folder: whose it is, and what lies where. No JAX."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def settings(config: config_lib.Config) -> dict[str, Any]:
     value = config_lib.to_json(config)
     for section, _, name in (key.partition(".") for key in _FREE):
         del value[section][name]
+    del value["parallel"]
     return value
 
 
@@ -64,7 +66,8 @@ def load_config(workdir: Path) -> config_lib.Config:
     path = workdir / "config.json"
     saved = read_json(path, "mpq-run", 1, "python train.py --config … --workdir …").get("config")
     try:
-        return config_lib.from_json(saved)
+        # How the run was spread over devices says nothing of what reads it.
+        return dataclasses.replace(config_lib.from_json(saved), parallel=config_lib.Parallel())
     except (KeyError, TypeError, ValueError) as error:
         raise Refusal(f"{path} is not of this program ({error}); train anew in another --workdir") from None
 

@@ -7,11 +7,12 @@ python train.py --model my_package.module:factory --data my_package.module:funct
 """
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from mpq_jax import config as config_lib
-from mpq_jax import lock, workdir
+from mpq_jax import lock, processes, workdir
 from mpq_jax.types import Refusal
 
 
@@ -68,8 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, config = parse(argv)
     finetuning = arguments.policy is not None
     workdir.check_place(arguments.workdir, finetuning)
-    with lock.only_one(arguments.workdir):
-        claimed = workdir.claim(arguments.workdir, config, finetuning)
+    with processes.started(config.parallel), contextlib.ExitStack() as held:
+
+        def taken() -> bool:
+            held.enter_context(lock.only_one(arguments.workdir))
+            return workdir.claim(arguments.workdir, config, finetuning)
+
+        claimed = processes.first_only(taken)
         try:
             run(arguments, config)
         except Refusal:

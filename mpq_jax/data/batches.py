@@ -34,7 +34,7 @@ def train_batches(
 
     Every example once an epoch, in a new order each epoch; a batch may span two epochs. Batch t is a function of
     (dataset, batch_size, seed, t) alone: `first_step` starts at any t without reading what is before. Process i of n
-    gets examples i, i + n, i + 2n, ... of the batch that a single process would get, augmented the same.
+    gets the i-th of n equal parts of the batch that a single process would get, augmented the same.
     batch_size: B, of all processes together.
     workers: processes that decode and augment, for sets that are not kept in memory; 0: threads of this process. The
         batches do not depend on it. A script that asks for them needs `if __name__ == "__main__"`.
@@ -51,7 +51,9 @@ def train_batches(
         batch_of: Callable[..., Batch] = own.training_batch if isinstance(dataset, OwnData) else _training_batch
         make = functools.partial(batch_of, dataset, split, seed, batch_size, process_index, process_count)
         return _made_ahead(split, grain.MapDataset.range(first_step, _ENDLESS).map(make))
-    positions = grain.MapDataset.range(first_step * batch_size + process_index, _ENDLESS, process_count)
+    positions = grain.MapDataset.range(first_step * size, _ENDLESS)
+    if process_count > 1:
+        positions = positions.map(functools.partial(_position, batch_size, size, process_index))
     examples = positions.map(functools.partial(_training_example, dataset, split, seed))
     return _decoded_ahead(dataset, split, examples, size, workers)
 
@@ -87,7 +89,7 @@ def eval_batches(
         raise Refusal(f"the {split} split of {dataset.name} is empty; give a validation_fraction above 0")
     padded = np.full(-(-len(numbers) // batch_size) * batch_size, -1)
     padded[: len(numbers)] = numbers
-    mine = padded[process_index::process_count]
+    mine = padded.reshape(-1, process_count, size)[:, process_index].ravel()
     if isinstance(dataset, OwnData) or dataset.in_memory:
         rows = grain.MapDataset.source(mine.reshape(-1, size))
         batch_of: Callable[..., Batch] = own.eval_batch if isinstance(dataset, OwnData) else _eval_batch
@@ -154,7 +156,8 @@ def _training_batch(
     dataset: Dataset, split: Split, seed: int, batch_size: int, process_index: int, process_count: int, step: int
 ) -> Batch:
     """Batch number `step` of this process, from memory."""
-    positions = np.arange(step * batch_size + process_index, (step + 1) * batch_size, process_count)
+    size = batch_size // process_count
+    positions = step * batch_size + process_index * size + np.arange(size)
     images, labels = split.records.decoded
     rows = split.numbers[shuffled(seed, positions, len(split.numbers))]
     batch, recipe = images[rows], dataset.recipe
@@ -167,6 +170,11 @@ def _eval_batch(dataset: Dataset, split: Split, rows: np.ndarray) -> Batch:
     """Record numbers [B], -1 for padding, from memory."""
     images, labels = split.records.decoded
     return _finished(dataset, {"image": images[rows], "label": np.where(rows < 0, -1, labels[rows])})
+
+
+def _position(batch_size: int, size: int, process_index: int, number: int) -> int:
+    """Where in the order of all processes' examples the `number`-th of this one stands; size: of its part of a batch."""
+    return number // size * batch_size + process_index * size + number % size
 
 
 def _training_example(dataset: Dataset, split: Split, seed: int, position: int) -> dict[str, Any]:

@@ -162,7 +162,8 @@ def training_batch(
     dataset: OwnData, split: Split, seed: int, batch_size: int, process_index: int, process_count: int, step: int
 ) -> Batch:
     """Batch number `step` of this process; as `batches.train_batches` says."""
-    positions = np.arange(step * batch_size + process_index, (step + 1) * batch_size, process_count)
+    size = batch_size // process_count
+    positions = step * batch_size + process_index * size + np.arange(size)
     batch = _gathered(dataset, split, split.numbers[shuffled(seed, positions, len(split.numbers))])
     if dataset.augment is None:
         return batch

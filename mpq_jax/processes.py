@@ -1,0 +1,178 @@
+"""Several processes of one run: starting them, who writes and prints (process 0), and what all must agree on.
+
+Nothing here imports JAX until a run asks for several processes, so that refusals stay quick.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO, TypeVar
+
+import numpy as np
+
+from mpq_jax.config import Parallel
+from mpq_jax.types import Refusal
+
+HEARTBEAT = 30  # seconds of silence after which a process counts as lost
+LOST = 3  # exit code where another process was lost
+Value = TypeVar("Value")
+
+
+@contextlib.contextmanager
+def started(settings: Parallel) -> Iterator[None]:
+    """Joins the run's other processes, if `settings` ask for any; standard output is process 0's alone.
+
+    Where another process is lost this one ends with exit code 3 and a line of advice: within a collective operation
+    JAX raises, outside of one its coordination service ends the process after `HEARTBEAT` seconds.
+    """
+    if not (settings.distributed or settings.coordinator):
+        yield
+        return
+    import jax
+
+    _initialize(settings)
+    stdout = sys.stdout if first() else _nowhere()
+    try:
+        with contextlib.redirect_stdout(stdout):
+            yield
+            _meet("the end")  # process 0 may still be writing; JAX's own farewell does not wait for long
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another was "
+            f"lost ({reason}); start all of them again: the run goes on from its last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        # An ordinary exit would wait for the lost process to say goodbye.
+        os._exit(LOST)
+
+
+def _initialize(settings: Parallel) -> None:
+    import jax
+
+    given: dict[str, Any] = {}
+    if settings.coordinator:
+        host, _, port = settings.coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise Refusal(f"--parallel.coordinator is {settings.coordinator!r}; write host:port of process 0")
+        if not 0 <= settings.process < settings.processes:
+            raise Refusal(
+                f"--parallel.coordinator needs --parallel.processes N and --parallel.process 0 to N-1; found "
+                f"{settings.processes} and {settings.process}"
+            )
+        given = {
+            "coordinator_address": settings.coordinator,
+            "num_processes": settings.processes,
+            "process_id": settings.process,
+        }
+    # JAX would take SIGTERM for itself; stopping.py has it, and `agreement` tells the others.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            **given, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT, initialization_timeout=120
+        )
+    except (ValueError, RuntimeError) as error:
+        raise Refusal(
+            f"the run's processes did not find each other ({str(error).splitlines()[0][:160]}); where JAX cannot find "
+            "them by itself, give each --parallel.coordinator HOST:PORT --parallel.processes N --parallel.process I"
+        ) from None
+
+
+def alone() -> bool:
+    """Whether there is one process only; found without importing JAX where nothing else has."""
+    if "jax" not in sys.modules:
+        return True
+    import jax
+
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
+def first() -> bool:
+    """Whether this is the process that writes files and prints."""
+    import jax
+
+    return alone() or jax.process_index() == 0
+
+
+def error_stream() -> TextIO:
+    """Standard error for what only process 0 should say, such as progress."""
+    return sys.stderr if first() else _nowhere()
+
+
+def _meet(where: str) -> None:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(where)
+
+
+@functools.cache
+def _nowhere() -> TextIO:
+    return io.TextIOWrapper(io.FileIO(os.devnull, "w"))
+
+
+def from_first(value: Value) -> Value:
+    """Process 0's `value`, on all of them: anything that JSON holds."""
+    if alone():
+        return value
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    # All must bring an array of one shape.
+    mine = text if first() else np.zeros(length, np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8)))
+
+
+def first_only(make: Callable[[], Value]) -> Value | None:
+    """make() on process 0; None on the others, which wait for it. Where process 0 fails all do, with what it says."""
+    if alone():
+        return make()
+    made, failure = None, None
+    if first():
+        try:
+            made = make()
+        except Exception as error:
+            failure = error
+    told = from_first(str(failure) or type(failure).__name__ if failure else "")
+    if failure:
+        raise failure
+    if told:
+        raise Refusal(told)
+    return made
+
+
+def first_alone(make: Callable[[], Value]) -> Value:
+    """make() on process 0 before any other, for what makes files that the others then find."""
+    made = first_only(make)
+    return made if first() else make()  # type: ignore[return-value]
+
+
+def agreement(ahead: int) -> Callable[[bool], bool]:
+    """agreed(flag): whether any process gave True `ahead` calls ago or before; all processes learn it at the same call.
+
+    For decisions in a loop of steps, of which `ahead` are under way: nothing waits for the answer. One process decides
+    at once.
+    """
+    if alone():
+        return lambda flag: flag
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    everyone = jax.jit(lambda flags: flags.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    local = np.zeros(jax.local_device_count(), bool)
+    under_way: list[jax.Array] = []
+
+    def agreed(flag: bool) -> bool:
+        flags = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("all")), local | flag)
+        under_way.append(everyone(flags))
+        return len(under_way) > ahead and bool(under_way.pop(0))
+
+    return agreed

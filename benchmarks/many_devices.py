@@ -179,6 +179,12 @@ def start(job: str, processes: int, arguments: argparse.Namespace) -> None:
         raise RuntimeError(f"{job}: exit codes {codes}")
 
 
+def here(job: str, processes: int, arguments: argparse.Namespace) -> None:
+    """Runs a layout in this process."""
+    assert processes == 1, "several processes are children"
+    work(argparse.Namespace(**{**vars(arguments), "layouts": job}))
+
+
 def compared(out: Path, one: str, other: str) -> dict[str, Any]:
     """The largest differences between two layouts' results: losses, gradients, and everything that was trained.
 
@@ -224,6 +230,9 @@ def main() -> None:
     parser.add_argument("--quantizer", default="lsq")
     parser.add_argument("--gradients", action="store_true", help="also compare one step's gradients, leaf by leaf")
     parser.add_argument("--out", default="", help="where results are kept; default: nowhere")
+    parser.add_argument(
+        "--one-child", action="store_true", help="all layouts in this process, on the first of its devices"
+    )
     parser.add_argument("--coordinator", help=argparse.SUPPRESS)
     parser.add_argument("--process", type=int, default=-1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -234,11 +243,12 @@ def main() -> None:
         arguments.out = arguments.out or folder
         Path(arguments.out).mkdir(parents=True, exist_ok=True)
         jobs = arguments.layouts.split(",")
-        start("1x1", 1, arguments)
+        run = here if arguments.one_child else start
+        run("1x1", 1, arguments)
         for job in jobs:
-            start(job, arguments.processes, arguments)
+            run(job, arguments.processes, arguments)
         if arguments.precision == 32:
-            start("1x1p", 1, arguments)
+            run("1x1p", 1, arguments)
             jobs = ["1x1p", *jobs]
         for job in jobs:
             print(json.dumps(compared(Path(arguments.out), "1x1", job)), flush=True)

@@ -127,7 +127,7 @@ def test_a_lost_process_ends_the_others(tmp_path):
     assert second.returncode == -9, said
     lost = time.monotonic()
     out, errors = first.communicate(timeout=60)
-    assert time.monotonic() - lost < 60 and out == "ready\n"
+    assert time.monotonic() - lost < 60 and "ready" in out
     assert first.returncode == processes.LOST, errors
     assert "start all of them again" in errors and "Traceback" not in errors
 

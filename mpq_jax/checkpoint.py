@@ -49,9 +49,12 @@ def save(opened: ocp.CheckpointManager, step: int, state: Any) -> None:
             opened.save(step, args=ocp.args.StandardSave(state))
             processes.first_only(lambda: _seal(directory, step))
     except (OSError, ValueError, RuntimeError) as error:  # tensorstore's are of all three kinds
+        if processes.lost_another(error):
+            raise
         failure = _reason(error)
     if failure is not None:
-        _sweep(directory)
+        if processes.first():
+            _sweep(directory)
         kept = max((int(each.name) for each in directory.iterdir() if each.name.isdigit()), default=None)
         raise Refusal(
             f"the checkpoint of step {step} cannot be written to {directory}: {failure} "
@@ -111,6 +114,8 @@ def restore(opened: ocp.CheckpointManager, like: Any) -> tuple[int, Any] | None:
     """
     directory = Path(opened.directory)
     step = processes.from_first(_newest_whole(opened) if processes.first() else None)
+    if not processes.first():
+        opened.reload()  # process 0 may have set some aside: what each holds for saved must be the same
     return None if step is None else (step, read(directory, step, like))
 
 

@@ -4,11 +4,13 @@
 shardings): means, BatchNorm statistics, quantization errors, least squares and element counts stay those of the whole
 batch, as on one device. `row` splits the rows. Operations run rows one by one (see ops.py), in one program on one device;
 what no compiler splits is split here, by `jax.shard_map` over `row` alone: each device runs its own rows, and the sum of the
-gradients is all that passes between them. A mesh of one device is the same code.
+gradients is all that passes between them. A mesh of one device is the same code, and the same program as without a mesh:
+nothing is said of what lies where.
 
 Between steps the state lies on the mesh. Between stages values are whole, on every process the same.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -131,7 +133,12 @@ def state_shardings(layout: Layout, state: Any) -> Any:
 
 
 def place(layout: Layout, tree: Any, shardings: Any = None) -> Any:
-    """A whole tree, the same on every process, on the mesh. shardings: of each leaf; None: whole everywhere."""
+    """A whole tree, the same on every process, on the mesh. shardings: of each leaf; None: whole everywhere.
+
+    On one device it is left as it came: the device that a compiled function takes it to is that one.
+    """
+    if layout.mesh.size == 1:
+        return tree
     shardings = jax.tree.map(lambda _: _whole(layout), tree) if shardings is None else shardings
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
@@ -150,11 +157,18 @@ def _from_copy(leaf: Any, sharding: NamedSharding) -> jax.Array:
 def place_state(layout: Layout, state: Any) -> Any:
     """A copy of a whole state, laid out on the mesh."""
     # Steps consume their state; the caller's arrays stay.
-    return place(layout, jax.tree.map(jnp.copy, state), state_shardings(layout, state))
+    copied = jax.tree.map(jnp.copy, state)
+    if layout.mesh.size == 1:
+        # On that device by name, as a step's results are that has seen one array of a checkpoint: else the second step
+        # would be compiled again.
+        return jax.device_put(copied, layout.mesh.devices.item())
+    return place(layout, copied, state_shardings(layout, state))
 
 
 def place_batch(layout: Layout, batch: Any) -> Any:
-    """This process's block of a batch as part of the whole one, split over `data`."""
+    """This process's block of a batch as part of the whole one, split over `data`; on one device as it came."""
+    if layout.mesh.size == 1:
+        return batch
     sharding = NamedSharding(layout.mesh, PartitionSpec(DATA))
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
@@ -170,8 +184,12 @@ def whole(layout: Layout, tree: Any) -> Any:
     """A tree from the mesh, whole and on this process's first device."""
     if layout.mesh.size == 1:
         return tree
-    gathered = jax.jit(lambda x: x, out_shardings=_whole(layout))(tree)
-    return jax.tree.map(lambda x: x.addressable_data(0), gathered)
+    return jax.tree.map(lambda x: x.addressable_data(0), _gather(layout)(tree))
+
+
+@functools.cache
+def _gather(layout: Layout) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=_whole(layout))
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------

@@ -116,12 +116,10 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
     float_variables = stages.pretrain(run)
     start = stages.calibrated(run, float_variables)
     # Without joint training there is nothing that it left: fine-tuning and figures start from calibration.
-    joined = latest_step(workdir / "joint") is not None
+    joined = processes.from_first(latest_step(workdir / "joint") is not None)
     joint_state = stages.joint_train(run, start)[0] if joined else None
-    contestants: list[Contestant] = [("mixed", [mixed])]
-    if config.finetune.compare and budgets:
-        contestants = [*_compared(table, budgets, config), *contestants]
-    contestants = _from_first(contestants)
+    others = processes.first_only(lambda: _compared(table, budgets, config) if config.finetune.compare else [])
+    contestants = _from_first([*(others or []), ("mixed", [mixed])])
     finetune = stages.finetuner(run, float_variables)
     beginning = starts(run, joint_state, start)
     trained = {
@@ -182,6 +180,8 @@ def finetuned(
 def _compared(table: Importance, budgets: Sequence[Budget], config: Config) -> list[Contestant]:
     """The best uniform policy that fits, and random ones within 2 % of the budget (5 or 10 % for small networks)."""
     found: list[Contestant] = []
+    if not budgets:
+        return found
     uniform = best_uniform(table, budgets)
     if uniform is not None:
         found.append((f"uniform {uniform[0]}", [uniform[1]]))

@@ -18,7 +18,6 @@ from mpq_jax.config import Parallel
 from mpq_jax.types import Refusal
 
 HEARTBEAT = 30  # seconds of silence after which a process counts as lost
-LOST = 3  # exit code where another process was lost
 Value = TypeVar("Value")
 
 
@@ -26,8 +25,9 @@ Value = TypeVar("Value")
 def started(settings: Parallel) -> Iterator[None]:
     """Joins the run's other processes, if `settings` ask for any; standard output is process 0's alone.
 
-    Where another process is lost this one ends with exit code 3 and a line of advice: within a collective operation
-    JAX raises, outside of one its coordination service ends the process after `HEARTBEAT` seconds.
+    Where another process is lost this one ends with exit code 2 and a line of advice if JAX raises, as collective
+    operations do whose connection breaks. Else JAX's coordination service ends it with many lines: after `HEARTBEAT`
+    seconds without a sign of another process, and at once where process 0, which runs that service, is gone.
     """
     if not (settings.distributed or settings.coordinator):
         yield
@@ -41,7 +41,7 @@ def started(settings: Parallel) -> Iterator[None]:
             yield
             _meet("the end")  # process 0 may still be writing; JAX's own farewell does not wait for long
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+        if not lost_another(error):
             raise
         reason = str(error).splitlines()[0][:200]
         print(
@@ -50,8 +50,18 @@ def started(settings: Parallel) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
+        sys.stdout.flush()
         # An ordinary exit would wait for the lost process to say goodbye.
-        os._exit(LOST)
+        os._exit(2)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error is what a collective operation raises where another process is gone."""
+    if alone():
+        return False
+    import jax
+
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
 
 
 def _initialize(settings: Parallel) -> None:

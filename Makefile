@@ -34,12 +34,14 @@ lint: setup
 test: lint .venv/litert
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The long forms of tests/test_kills.py, test_untrusted.py and test_finite.py: about an hour of one core. Each ends with its
+# The long forms of tests/test_kills.py, test_parallel.py, test_untrusted.py and test_finite.py: about an hour of one core. Each ends with its
 # counts as a line of JSON, and fails where anything was lost.
 soak: setup
 	$(BIN)/python tests/soak/kills.py --kills 50 --seed 1
 	$(BIN)/python tests/soak/kills.py --kills 12 --signal TERM --seed 2
 	$(BIN)/python tests/soak/kills.py --kills 8 --signal TWICE --seed 3
+	$(BIN)/python tests/soak/hosts.py --kills 6 --seed 4
+	$(BIN)/python tests/soak/hosts.py --kills 3 --processes 4 --seed 4
 	$(BIN)/python tests/soak/disk.py --sizes 24 --damages 18 --seed 5
 	$(BIN)/python tests/soak/untrusted.py --inputs 2500 --seed 7
 	$(BIN)/python tests/soak/numerics.py --steps 10000

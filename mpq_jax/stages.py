@@ -68,6 +68,7 @@ def open_run(config: Config, workdir: Path) -> Run:
     dataset = processes.first_alone(lambda: build.open_data(config))  # it may have to be prepared
     source = build.float_model(config, dataset.num_classes)
     model = build.quantized(config, source, dataset.features)
+    _check_layout(config, layout, model)
     variables = build.float_variables(config, source, model, dataset.features)
     task = task_of(source)
     return Run(
@@ -82,6 +83,22 @@ def open_run(config: Config, workdir: Path) -> Run:
         sinks=sinks,
         layout=layout,
     )
+
+
+def _check_layout(config: Config, layout: parallel.Layout, model: QuantizedModel) -> None:
+    """Refuses sizes that many devices cannot share out, of whatever stage, before the first of them begins."""
+    if layout.mesh.size == 1:
+        return
+    for stage in ("pretrain", "joint", "finetune"):
+        parallel.check_batch(layout, getattr(config, stage).batch_size, f"{stage}.batch_size")
+    names = _row_names(trained_on(model, config.joint.bit_widths) if config.joint.bit_widths else model, config.joint)
+    parallel.check_rows(layout, len(names), config.joint.rows_at_a_time)
+
+
+def _row_names(model: QuantizedModel, settings: Joint) -> list[str]:
+    """Of joint training: the uniform rows, then the random ones."""
+    uniform = [build.uniform_name(b) for b in sorted({*model.bit_widths, *model.activation_bit_widths})]
+    return uniform + [f"random{i + 1}" for i in range(settings.random_rows)]
 
 
 def _is_linen(model: QuantizedModel) -> bool:
@@ -220,11 +237,7 @@ def steps_of(settings: Pretrain | Joint | Finetune, run: Run) -> int:
 def _train_batches(run: Run, batch_size: int, stage: str) -> Callable[[int], Iterator[Any]]:
     """batches(first step) -> this process's part of the batches. "calibrate", "alpha": all of them, for one device."""
     seed = run.config.seed * 1000 + sum(map(ord, stage)) % 1000
-    index, count = 0, 1
-    if stage not in ("calibrate", "alpha"):
-        option = "joint" if stage == "statistics" else stage
-        parallel.check_batch(run.layout, batch_size, f"{option}.batch_size")
-        index, count = parallel.block(run.layout)
+    index, count = (0, 1) if stage in ("calibrate", "alpha") else parallel.block(run.layout)
 
     def batches(first_step: int) -> Iterator[Any]:
         return iter(
@@ -363,8 +376,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
     optimizer = joint_optimizer(model, settings, steps)
     uniform = joint.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
     widths = sorted({*model.bit_widths, *model.activation_bit_widths})
-    names = [build.uniform_name(b) for b in widths] + [f"random{i + 1}" for i in range(settings.random_rows)]
-    parallel.check_rows(run.layout, len(names), settings.rows_at_a_time)
+    names = _row_names(model, settings)
     step = joint.make_step(
         model,
         run.task(settings.label_smoothing),

@@ -161,6 +161,11 @@ def trimmed(place: Path, phase: str) -> Path:
     return expected
 
 
+def joint_steps(run: Path) -> int:
+    """Steps of a finished joint training."""
+    return int(np.load(run / "joint" / "random_rows.npz")["step"].max()) + 1
+
+
 def wait_for(pid: int, moment: Callable[[], bool], seconds: float) -> int | None:
     """Waits until `moment` is true, for `seconds` at most; None then, or the child's exit code if that came first."""
     until = time.monotonic() + seconds

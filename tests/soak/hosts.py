@@ -2,10 +2,10 @@
 
 python tests/soak/hosts.py --kills 6 [--processes 2] [--seed 0] [--alone] [--place DIR]
 
-The processes are real ones, on this machine. They are killed in turn by their own hand between two steps, while they write
-a checkpoint (process 0, which writes), and at a random time. The last line is JSON: the kills of each kind, how the others
-ended, the slowest end, and what differed from a run that was left alone. Exit code 1 where anything did. --alone: also one run
-in one process, to compare with; place/reference is that of all processes.
+The processes are real ones, on this machine. In turn one is killed between two steps, process 0 while it writes a checkpoint,
+one at a random time, and one gets SIGTERM, after which all must save the same step. The last line is JSON: how often each,
+how the others ended, the slowest end, and what differed from a run that was left alone. Exit code 1 where anything did.
+--alone: also one run in one process, to compare with; place/reference is that of all processes.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import runs  # noqa: E402
 WITHIN = 60.0  # seconds
 ADVICE = "start all of them again: the run goes on from its last checkpoint"
 JAX_SAYS = "another task died"  # where its coordination service is faster than the error of a collective operation
-KINDS = ("between steps", "during a write", "at a random time")
+KINDS = ("between steps", "during a write", "at a random time", "SIGTERM")
 
 
 def nothing() -> None:
@@ -67,8 +67,8 @@ def finish(place: Path, run: Path, count: int) -> None:
     assert not any(codes), [codes, *(said(place, i)[-2000:] for i in range(count))]
 
 
-def after_step(at: int, note: Path) -> Callable[[], None]:
-    """For a child: it kills itself when it has looked at the losses of step `at` of joint training."""
+def after_step(at: int, number: int, note: Path) -> Callable[[], None]:
+    """For a child: it sends itself a signal, once, when it has looked at the losses of step `at` of joint training."""
 
     def prepare() -> None:
         from mpq_jax import stages
@@ -77,9 +77,9 @@ def after_step(at: int, note: Path) -> Callable[[], None]:
 
         def struck(pending, names, stage, *more):
             found = settle(pending, names, stage, *more)
-            if stage == "joint" and pending[-1][0] >= at:
+            if stage == "joint" and pending[-1][0] >= at and not note.exists():
                 note.write_text(str(time.monotonic()))
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
             return found
 
         stages._settle = struck
@@ -93,7 +93,9 @@ def trial(place: Path, kind: str, count: int, steps: int, rng: random.Random, co
     note.unlink(missing_ok=True)
     victim = 0 if kind == "during a write" else rng.randrange(count)
     prepare = {
-        "between steps": after_step(rng.randrange(steps - 1), note),
+        "between steps": after_step(rng.randrange(steps - 1), signal.SIGKILL, note),
+        # Early enough: the others hear of it some steps later.
+        "SIGTERM": after_step(rng.randrange(steps // 2), signal.SIGTERM, note),
         "during a write": runs.aimed(run, "joint", [signal.SIGKILL], note, rng),
     }
     pids = started(place, run, count, {victim: prepare[kind]} if kind in prepare else {})
@@ -102,16 +104,29 @@ def trial(place: Path, kind: str, count: int, steps: int, rng: random.Random, co
         time.sleep(rng.uniform(0, 0.3))
         note.write_text(str(time.monotonic()))
         os.kill(pids[victim], signal.SIGKILL)
-    code, wrong = runs.ended(pids[victim], 120.0), []
-    if code != -signal.SIGKILL:
-        wrong.append(f"process {victim} was to be killed {kind}, and ended with {code}: {said(place, victim)[-600:]}")
     counts[kind] += 1
-    counts["process 0 was killed"] += victim == 0
-    for i, pid in enumerate(pids):
-        if i != victim:
-            wrong += survived(place, i, pid, note, counts)
+    if kind == "SIGTERM":
+        wrong = stopped(place, pids)
+    else:
+        code, wrong = runs.ended(pids[victim], 120.0), []
+        if code != -signal.SIGKILL:
+            wrong.append(f"process {victim} was to be killed, and ended with {code}: {said(place, victim)[-600:]}")
+        counts["process 0 was killed"] += victim == 0
+        for i, pid in enumerate(pids):
+            if i != victim:
+                wrong += survived(place, i, pid, note, counts)
     finish(place, run, count)
     return wrong + runs.in_child(lambda: runs.differences(run, place / "reference"))
+
+
+def stopped(place: Path, pids: list[int]) -> list[str]:
+    """Waits for all processes of a run of which one got SIGTERM. -> what is wrong with how they ended"""
+    codes = [runs.ended(pid, WITHIN) for pid in pids]
+    lines = {said(place, i).strip().splitlines()[-1] for i in range(len(pids))}
+    line = min(lines)
+    if any(code != 0 for code in codes) or len(lines) > 1 or not line.startswith("stopped by SIGTERM: step "):
+        return [f"exit codes {codes}: {sorted(lines)}"]
+    return []
 
 
 def survived(place: Path, i: int, pid: int, note: Path, counts) -> list[str]:

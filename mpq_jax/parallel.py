@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mpq_jax import processes
 from mpq_jax.config import Parallel
 from mpq_jax.types import Refusal
 
@@ -43,7 +44,7 @@ class Layout(NamedTuple):
 
 def layout(settings: Parallel) -> Layout:
     """The mesh that `settings` ask for. Raises Refusal, naming what fits, where the devices are too few or left over."""
-    devices, found = jax.devices(), jax.device_count()
+    devices, found = processes.in_order(jax.devices()), jax.device_count()
     if settings.row < 1 or settings.data < 0:
         raise Refusal(
             f"--parallel.data {settings.data} --parallel.row {settings.row}: give numbers from 1 (data: or 0, all)"
@@ -229,9 +230,8 @@ def by_rows(gradients: Callable[..., Any], layout: Layout | None) -> Callable[..
     def split(state: Any, policies: Any, own: Any, batch: Any, rngs: Any) -> Any:
         rows = jax.tree.leaves(state.rows)[0].shape[0]
         if policies is None or rows % layout.row:
-            return gradients(
-                state, policies, own, batch, rngs
-            )  # one row of float training or fine-tuning: over data alone
+            # One row, of float training or fine-tuning: over data alone.
+            return gradients(state, policies, own, batch, rngs)
         one, every = PartitionSpec(), PartitionSpec(ROW)
         mapped = jax.shard_map(
             local,

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO, TypeVar
 
 import numpy as np
@@ -116,6 +116,12 @@ def error_stream() -> TextIO:
     return sys.stderr if first() else _nowhere()
 
 
+def in_order(devices: Sequence[Any]) -> list[Any]:
+    """Devices, process by process: in JAX's own order those of a TPU slice's hosts alternate, and a batch would be shared out
+    in pieces."""
+    return sorted(devices, key=lambda device: device.process_index)
+
+
 def _meet(where: str) -> None:
     from jax.experimental import multihost_utils
 
@@ -175,7 +181,7 @@ def agreement(ahead: int) -> Callable[[bool], bool]:
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    mesh = Mesh(np.array(jax.devices()), ("all",))
+    mesh = Mesh(np.array(in_order(jax.devices())), ("all",))
     everyone = jax.jit(lambda flags: flags.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
     local = np.zeros(jax.local_device_count(), bool)
     under_way: list[jax.Array] = []

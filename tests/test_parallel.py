@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -143,6 +144,12 @@ def test_layouts_that_do_not_fit(given, advice):
         pytest.fail("this test is of one device")
     with pytest.raises(Refusal, match=advice):
         parallel.layout(Parallel(**given))
+
+
+def test_devices_of_a_process_stand_together():
+    slice_ = [types.SimpleNamespace(id=i, process_index=i // 4 % 2) for i in range(16)]  # a TPU v3-16's two hosts
+    ordered = [(device.process_index, device.id) for device in processes.in_order(slice_)]
+    assert ordered == [(0, i) for i in (0, 1, 2, 3, 8, 9, 10, 11)] + [(1, i) for i in (4, 5, 6, 7, 12, 13, 14, 15)]
 
 
 def test_sizes_that_do_not_divide():

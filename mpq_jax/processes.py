@@ -117,8 +117,8 @@ def error_stream() -> TextIO:
 
 
 def in_order(devices: Sequence[Any]) -> list[Any]:
-    """Devices, process by process: in JAX's own order those of a TPU slice's hosts alternate, and a batch would be shared out
-    in pieces."""
+    """Devices, process by process: in JAX's own order those of a TPU slice's hosts can alternate, and a batch would be shared
+    out in pieces."""
     return sorted(devices, key=lambda device: device.process_index)
 
 

@@ -147,7 +147,7 @@ def test_layouts_that_do_not_fit(given, advice):
 
 
 def test_devices_of_a_process_stand_together():
-    slice_ = [types.SimpleNamespace(id=i, process_index=i // 4 % 2) for i in range(16)]  # a TPU v3-16's two hosts
+    slice_ = [types.SimpleNamespace(id=i, process_index=i // 4 % 2) for i in range(16)]
     ordered = [(device.process_index, device.id) for device in processes.in_order(slice_)]
     assert ordered == [(0, i) for i in (0, 1, 2, 3, 8, 9, 10, 11)] + [(1, i) for i in (4, 5, 6, 7, 12, 13, 14, 15)]
 

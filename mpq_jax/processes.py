@@ -6,6 +6,7 @@ Nothing here imports JAX until a run asks for several processes, so that refusal
 import contextlib
 import functools
 import io
+import itertools
 import json
 import os
 import sys
@@ -18,7 +19,12 @@ from mpq_jax.config import Parallel
 from mpq_jax.types import Refusal
 
 HEARTBEAT = 30  # seconds of silence after which a process counts as lost
+LONG = (
+    7 * 24 * 3600 * 1000
+)  # milliseconds to wait for process 0, which may prepare a data set; its loss ends that sooner
 Value = TypeVar("Value")
+
+_said = itertools.count()  # what `from_first` has sent: all processes send the same in the same order
 
 
 @contextlib.contextmanager
@@ -39,7 +45,9 @@ def started(settings: Parallel) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(stdout):
             yield
-            _meet("the end")  # process 0 may still be writing; JAX's own farewell does not wait for long
+            _client().wait_at_barrier(
+                "mpq_jax/end", LONG
+            )  # process 0 may still be writing; JAX itself does not wait long
     except jax.errors.JaxRuntimeError as error:
         if not lost_another(error):
             raise
@@ -122,10 +130,12 @@ def in_order(devices: Sequence[Any]) -> list[Any]:
     return sorted(devices, key=lambda device: device.process_index)
 
 
-def _meet(where: str) -> None:
-    from jax.experimental import multihost_utils
+def _client() -> Any:
+    """JAX's coordination service. Collective operations are no way to wait for process 0: their connections give up when one
+    comes half a minute after another."""
+    from jax._src import distributed  # as orbax does; there is no public name
 
-    multihost_utils.sync_global_devices(where)
+    return distributed.global_state.client
 
 
 @functools.cache
@@ -134,16 +144,13 @@ def _nowhere() -> TextIO:
 
 
 def from_first(value: Value) -> Value:
-    """Process 0's `value`, on all of them: anything that JSON holds."""
+    """Process 0's `value`, on all of them, which wait for it: anything that JSON holds."""
     if alone():
         return value
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    # All must bring an array of one shape.
-    mine = text if first() else np.zeros(length, np.uint8)
-    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8)))
+    key = f"mpq_jax/{next(_said)}"
+    if first():
+        _client().key_value_set(key, json.dumps(value))
+    return json.loads(_client().blocking_key_value_get(key, LONG))
 
 
 def first_only(make: Callable[[], Value]) -> Value | None:

@@ -19,9 +19,8 @@ from mpq_jax.config import Parallel
 from mpq_jax.types import Refusal
 
 HEARTBEAT = 30  # seconds of silence after which a process counts as lost
-LONG = (
-    7 * 24 * 3600 * 1000
-)  # milliseconds to wait for process 0, which may prepare a data set; its loss ends that sooner
+# Milliseconds to wait for process 0, which may prepare a data set or write a report; its loss ends that sooner.
+LONG = 7 * 24 * 3600 * 1000
 Value = TypeVar("Value")
 
 _said = itertools.count()  # what `from_first` has sent: all processes send the same in the same order
@@ -45,9 +44,8 @@ def started(settings: Parallel) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(stdout):
             yield
-            _client().wait_at_barrier(
-                "mpq_jax/end", LONG
-            )  # process 0 may still be writing; JAX itself does not wait long
+            # Process 0 may still be writing; JAX's own farewell does not wait for long.
+            _client().wait_at_barrier("mpq_jax/end", LONG)
     except jax.errors.JaxRuntimeError as error:
         if not lost_another(error):
             raise

@@ -63,7 +63,7 @@ SUITE = [
     ({"processes": 4}, ("8x1", "4x2f", "2x6", "8x1 from 4x2f")),  # six devices are no four processes'
     ({"precision": 32}, FOUR),
     ({"precision": 32, "processes": 2}, ("8x1", "1x6")),
-    *(({"variant": v, "steps": 10}, ("8x1", "4x2f", "1x6")) for v in ("distilled", "sliced", "a row at a time")),
+    *(({"variant": v, "steps": 10}, ("8x1", "4x2f", "1x6")) for v in ("all rows at once", "distilled", "sliced")),
     ({"quantizer": "lq_nets", "steps": 10}, ("8x1", "4x2f", "1x6")),
     ({"quantizer": "pact", "steps": 10}, ("4x2f",)),
 ]
@@ -150,10 +150,10 @@ def _train(job: Job, out: Path) -> None:
     key, fixed = parallel.place(layout, (jax.random.key(3), joint.uniform_rows(model.layers, WIDTHS, WIDTHS)))
     index, count = parallel.block(layout)
     variant: dict[str, Any] = {
-        "plain": {},
+        "plain": {"rows_at_a_time": 1},
+        "all rows at once": {},
         "distilled": {"distill": joint.Distill(0.5), "average": 0.9},
-        "sliced": {"sliced": True},
-        "a row at a time": {"rows_at_a_time": 1},
+        "sliced": {"sliced": True, "rows_at_a_time": 1},
     }[job.variant]
 
     def batch(step: int) -> Any:
@@ -298,7 +298,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--precision", type=int, choices=(32, 64), default=64)
     parser.add_argument("--quantizer", default="lsq")
-    parser.add_argument("--variant", default="plain", help='or "distilled", "sliced", "a row at a time"')
+    parser.add_argument("--variant", default="plain", help='or "all rows at once", "distilled", "sliced"')
     parser.add_argument("--out", default="", help="where results are kept; default: nowhere")
     for hidden in ("--jobs", "--coordinator"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)

@@ -149,6 +149,8 @@ def read(directory: str | Path, step: int, like: Any) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(Path(directory).absolute() / str(step) / "default", shapes)
     except (ValueError, KeyError, TypeError, OSError) as error:
+        if processes.lost_another(error):
+            raise
         reason = str(error).splitlines()[0][:120]
         raise Refusal(
             f"the checkpoint in {directory} is of another model or options, or cannot be read ({reason}); "

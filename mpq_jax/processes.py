@@ -46,7 +46,7 @@ def started(settings: Parallel) -> Iterator[None]:
             yield
             # Process 0 may still be writing; JAX's own farewell does not wait for long.
             _client().wait_at_barrier("mpq_jax/end", LONG)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         if not lost_another(error):
             raise
         reason = str(error).splitlines()[0][:200]
@@ -62,12 +62,18 @@ def started(settings: Parallel) -> Iterator[None]:
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether an error is what a collective operation raises where another process is gone."""
+    """Whether an error is what a collective operation, or JAX's coordination service, raises where a process is gone.
+
+    Of CPUs the former is a ValueError where the operation ran at once, and a JaxRuntimeError where its result was waited for.
+    """
     if alone():
         return False
     import jax
 
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+    codes = ("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "ABORTED: ", "CANCELLED: ", "DEADLINE_EXCEEDED: ")
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" not in str(error)
+    return isinstance(error, ValueError) and str(error).startswith(codes)
 
 
 def _initialize(settings: Parallel) -> None:

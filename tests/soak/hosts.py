@@ -139,7 +139,7 @@ def survived(place: Path, i: int, pid: int, note: Path, counts) -> list[str]:
         return [f"process {i} hangs: {said(place, i)[-600:]}"]
     counts["slowest end"] = max(counts["slowest end"], round(time.monotonic() - since, 2))
     text = said(place, i)
-    if code == 2 and text.strip().endswith(ADVICE) and "Traceback" not in text:
+    if code == 2 and ADVICE in text and "Traceback" not in text:
         counts["ended with advice"] += 1
     elif code not in (0, None) and JAX_SAYS in text:
         counts["ended by JAX"] += 1

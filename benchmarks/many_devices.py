@@ -140,6 +140,8 @@ def _train(job: Job, out: Path) -> None:
     quantizer = getattr(quantizers, job.quantizer)()
     model = quantize(net, jnp.asarray(images[:16]), bit_widths=WIDTHS, quantizer=quantizer)
     start = model.calibrate(net.init(jax.random.key(0), images[:16]), jnp.asarray(images[:16]))
+    # Flax starts running statistics in float32, whatever the model's type.
+    start = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, start)
 
     def loss(logits: Any, batch: Any) -> Any:  # joint.classification's is float32 always
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()

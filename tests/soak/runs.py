@@ -231,13 +231,12 @@ def arrays(checkpoint: Path) -> dict[str, np.ndarray]:
     import jax
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(checkpoint / "default")
-
-    def plain(leaf):
-        return np.asarray(jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
-
-    return {jax.tree_util.keystr(path): plain(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        held = checkpointer.metadata(checkpoint / "default").item_metadata.tree
+        # As NumPy arrays: the checkpoint may be of more processes than read it.
+        wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), held)
+        tree = checkpointer.restore(checkpoint / "default", args=ocp.args.PyTreeRestore(restore_args=wanted))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def without_clock(path: Path):

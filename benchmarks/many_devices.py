@@ -235,8 +235,10 @@ def run(jobs: list[Job], out: str) -> list[dict[str, Any]]:
         job._replace(permuted=i + 1) for job in dict.fromkeys(alone) if job.precision == 32 for i in range(PERMUTED)
     ]
     todo = list(dict.fromkeys([*alone, *others, *jobs]))
-    for _, group in itertools.groupby(sorted(todo, key=together), together):
-        start(list(group), out)
+    for resumed in (False, True):  # after those whose checkpoints they take
+        part = sorted((job for job in todo if bool(job.origin) == resumed), key=together)
+        for _, group in itertools.groupby(part, together):
+            start(list(group), out)
     return [compared(Path(out), one, job, others) for one, job in zip(alone, jobs, strict=True)]
 
 

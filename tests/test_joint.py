@@ -311,40 +311,6 @@ def test_uniform_rows_take_the_nearest_candidate():
     assert rows["d"].w.tolist() == [4, 4, 4] and rows["d"].a.tolist() == [4, 4, 4]
 
 
-def test_log_space_is_gradient_descent_on_the_logarithm():
-    """Against SGD on the variable log s itself."""
-    optimizer = optimizers.log_space(optax.sgd(0.1, 0.9))
-    s, log_s = jnp.array([0.01, 3.0]), jnp.log(jnp.array([0.01, 3.0]))
-    plain = optax.sgd(0.1, 0.9)
-    state, plain_state = optimizer.init(s), plain.init(log_s)
-
-    def f(s):
-        return jnp.square(jnp.log(s) + 1).sum() + s.sum()
-
-    for _ in range(20):
-        updates, state = optimizer.update(jax.grad(f)(s), state, s)
-        s = optax.apply_updates(s, updates)
-        updates, plain_state = plain.update(jax.grad(lambda z: f(jnp.exp(z)))(log_s), plain_state, log_s)
-        log_s = optax.apply_updates(log_s, updates)
-    np.testing.assert_allclose(s, jnp.exp(log_s), rtol=1e-4)
-
-
-def test_keep_positive_and_partition(net):
-    quantized, variables = net
-    huge = optax.chain(optax.sgd(1e6), optimizers.keep_positive())
-    optimizer = optimizers.partition(quantized, optax.set_to_zero(), huge)
-    state = joint.init_state(variables, optimizer, 3)
-    after, _ = jax.jit(joint.make_step(quantized, TASK, optimizer))(state, BATCH, jax.random.key(0), uniform(quantized))
-    before_flat, after_flat = flax_seam.flatten(state.params), flax_seam.flatten(after.params)
-    for path, leaf in after_flat.items():
-        if path.endswith("step_size"):
-            assert (leaf > 0).all(), path
-        else:
-            np.testing.assert_array_equal(leaf, before_flat[path])
-    moved = [p for p in after_flat if p.endswith("step_size") and not np.array_equal(after_flat[p], before_flat[p])]
-    assert len(moved) == 6
-
-
 def test_batch_statistics_are_the_batches_own(net):
     """Whatever the momentum: mean and variance of the layer's input over the batch, in NumPy."""
     quantized, variables = net

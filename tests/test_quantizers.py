@@ -10,7 +10,7 @@ import pytest
 from reference import quantizer_formulas as formulas
 
 from mpq_jax import optimizers
-from mpq_jax.numerics import at_bits, decode, integer_range
+from mpq_jax.numerics import at_bits, decode
 from mpq_jax.quantizers import QUANTIZERS, lq_nets, lsq, pact, qil
 from mpq_jax.quantizers.pact import dorefa_codes, normalised
 
@@ -423,15 +423,6 @@ def test_power_of_two():
     quantizer = lsq(power_of_two=True).weight
     x_hat = quantizer.fake_quant(jnp.array([0.3, 0.7]), {"step_size": jnp.float32(0.3)}, jnp.int32(4), True)
     np.testing.assert_array_equal(x_hat, [0.25, 0.75])
-
-
-def test_integer_range_and_selection():
-    for bits in range(2, 17):
-        assert [float(v) for v in integer_range(jnp.int32(bits), True)] == [2 ** (bits - 1), 2 ** (bits - 1) - 1]
-        assert [float(v) for v in integer_range(jnp.int32(bits), False)] == [0, 2**bits - 1]
-    values = jnp.array([10.0, 20.0, 30.0])
-    assert float(at_bits(values, (2, 4, 8), jnp.int32(4))) == 20
-    assert np.isnan(float(at_bits(values, (2, 4, 8), jnp.int32(3))))
 
 
 def test_a_start_that_does_not_exist():

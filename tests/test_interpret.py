@@ -63,7 +63,7 @@ def test_values_of_a_layer_and_of_each_in_a_stack():
 
     (out,), taps = run(params, values)
     changed = {"first": 2 * params["first"], "stack": params["stack"] * values["stack"][:, None, None]}
-    np.testing.assert_allclose(out, loop(changed, x), rtol=1e-5)
+    np.testing.assert_allclose(out, loop(changed, x), rtol=1e-4, atol=1e-5)
     assert set(taps) == {("first", 0), ("stack", 0)}
     np.testing.assert_array_equal(taps["stack", 0], values["stack"])
     # And so are gradients, through remat and scan, of weights and of values.
@@ -89,7 +89,7 @@ def test_a_value_for_one_call_alone():
     params, x = {"w": array(4, 4)}, array(2, 4)
     (out,), _, _ = walked(shared, params, x, times, {"w": 2.0, ("w", 1): 3.0})
     expected = 3.0 * jnp.tanh(x @ (2.0 * params["w"])) @ params["w"]
-    np.testing.assert_allclose(out, expected, rtol=1e-5)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     calls = []
     walked(shared, params, x, recorder(calls))
     assert [(call.leaf, call.number, call.weight_side, call.channel_axes) for call in calls] == [
@@ -110,10 +110,10 @@ def test_values_for_each_run_of_a_recurrent_layer():
     expected = x
     for value in own:
         expected = jnp.tanh(expected @ (value * params["w"]))
-    np.testing.assert_allclose(out, expected, rtol=1e-5)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(taps["w", 0], own)
     (out,), _, _ = walked(again, params, x, times, {"w": jnp.float32(2.0)})
-    np.testing.assert_allclose(out, again({"w": 2.0 * params["w"]}, x), rtol=1e-5)
+    np.testing.assert_allclose(out, again({"w": 2.0 * params["w"]}, x), rtol=1e-4, atol=1e-5)
 
 
 # ---- what counts as a layer -----------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_what_cannot_be_reached_is_told_with_its_place():
     params, x = {"a": array(4, 4), "b": array(4, 4)}, array(2, 4)
     calls = []
     (out,), _, trace = walked(function, params, x, recorder(calls))
-    np.testing.assert_allclose(out, function(params, x), rtol=1e-6)
+    np.testing.assert_allclose(out, function(params, x), rtol=1e-4, atol=1e-5)
     assert calls == []
     ((where, primitive, leaves),) = trace.unreached
     assert "tower" in where and primitive == "cond" and set(leaves) == {"a", "b"}
@@ -170,7 +170,7 @@ def test_nested_scans_are_counted_from_outside():
     calls, params, x = [], {"w": array(3, 2, 4, 4)}, array(5, 4)
     values = jnp.arange(1.0, 7).reshape(3, 2)
     (out,), taps, _ = walked(function, params, x, times, {"w": values})
-    np.testing.assert_allclose(out, function({"w": params["w"] * values[..., None, None]}, x), rtol=1e-5)
+    np.testing.assert_allclose(out, function({"w": params["w"] * values[..., None, None]}, x), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(taps["w", 0], values)
     walked(function, params, x, recorder(calls))
     assert calls[-1].scans == (3, 2) and calls[-1].stack == (0, 1)

@@ -1,4 +1,4 @@
-"""Config files, overrides and run folders: what is taken, and what is refused in one line."""
+"""Config files and overrides: what is taken, and what is refused in one line."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mpq_jax import Bits, Refusal, rules, workdir
+from mpq_jax import Refusal
 from mpq_jax import config as config_lib
 
 CONFIGS = sorted(Path("configs").glob("*.py"))
@@ -75,56 +75,3 @@ def test_refused_files(tmp_path, text, words):
 def test_help_lists_every_option():
     out = subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, text=True, check=True).stdout
     assert all(f"--{key} " in out for key in config_lib.options(config_lib.Config()))
-
-
-@pytest.mark.parametrize(
-    "text, value",
-    [
-        ("float", "float"),
-        ("8,8", Bits(8, 8)),
-        ("w2/4/8,a4/8", rules.Candidates((2, 4, 8), (4, 8))),
-        ((3, 4), Bits(3, 4)),
-        (((2, 3), (4,)), rules.Candidates((2, 3), (4,))),
-    ],
-)
-def test_rule_values(text, value):
-    assert rules.parse_value(text) == value
-
-
-def test_first_rule_wins():
-    ordered = [("a/b", 1), ("a", 2), ("", 3)]
-    assert [rules.first_match(ordered, path) for path in ("a/b", "a/c", "z")] == [1, 2, 3]
-    assert rules.first_match(ordered[:2], "z") is None
-
-
-def test_workdir_of_another_run(tmp_path):
-    config = config_lib.Config()
-    with pytest.raises(Refusal, match="train first"):
-        workdir.claim(tmp_path / "run", config, finetuning=True)
-    workdir.claim(tmp_path / "run", config, finetuning=False)
-    workdir.claim(tmp_path / "run", config, finetuning=False)
-    free = config_lib.override(config, ["--joint.rows_at_a_time", "2", "--finetune.steps", "9", "--log_every", "5"])
-    workdir.claim(tmp_path / "run", free, finetuning=True)
-    other = config_lib.override(config, ["--joint.steps", "9"])
-    with pytest.raises(Refusal, match=r"joint.steps is 300 there, 9 now"):
-        workdir.claim(tmp_path / "run", other, finetuning=False)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(Refusal, match="is a file"):
-        workdir.claim(tmp_path / "file", config, finetuning=False)
-    (tmp_path / "run" / "config.json").write_text("{")
-    with pytest.raises(Refusal, match="not whole JSON"):
-        workdir.claim(tmp_path / "run", config, finetuning=False)
-
-
-def test_a_refused_command_leaves_no_claim(tmp_path, capsys):
-    """A folder that a refused run had just made its own is free again; one with a checkpoint in it stays."""
-    import train
-
-    run = tmp_path / "runs" / "digits"
-    arguments = ["--config", "configs/digits.py", "--workdir", str(run), "--data.data_dir", str(tmp_path / "data")]
-    assert train.main([*arguments, "--quantizer", "lsqq"]) == 2
-    assert "choose one of lsq" in capsys.readouterr().err and not run.exists()
-    assert workdir.claim(run, config_lib.Config(), finetuning=False)
-    (run / "pretrain").mkdir()
-    workdir.release(run)
-    assert (run / "config.json").exists() and not workdir.claim(run, config_lib.Config(), finetuning=False)

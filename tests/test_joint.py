@@ -79,17 +79,6 @@ def test_losses_of_rows_equal_numpy(net, in_training):
     np.testing.assert_allclose(total, losses.sum(), rtol=1e-6)
 
 
-def test_padding_and_smoothing():
-    logits = np.random.default_rng(1).normal(size=(6, 3))
-    labels = np.array([0, 1, 2, 0, -1, -1])
-    smooth = joint.classification(0.1)
-    batch = {"label": jnp.asarray(labels)}
-    expected = cross_entropy_numpy(logits[:4], labels[:4], 0.1)
-    np.testing.assert_allclose(smooth.loss(jnp.asarray(logits), batch), expected, rtol=1e-5)
-    right, count = smooth.correct(jnp.asarray(logits), batch)
-    assert int(count) == 4 and int(right) == (logits[:4].argmax(-1) == labels[:4]).sum()
-
-
 @pytest.fixture(scope="module")
 def stepped(net):
     """options of make_step -> (state, metrics) after a step of three uniform rows and a random one."""
@@ -205,6 +194,17 @@ def test_distillation(net, in_training):
     given = {**BATCH, "teacher": jnp.asarray(teacher, jnp.float32)}
     mixed = losses(given, distill=joint.Distill(0.3, "given"))
     np.testing.assert_allclose(mixed, [0.7 * plain[i] + 0.3 * kl(teacher, logits[i]) for i in range(3)], rtol=1e-4)
+
+
+def test_distillation_of_logits_with_a_time_axis():
+    """[P, B, T, V]: the mean over examples and time of the divergence from the teacher, against NumPy."""
+    rng = np.random.default_rng(0)
+    mine, teacher = rng.normal(size=(2, 3, 4, 5)).astype(np.float32), rng.normal(size=(3, 4, 5)).astype(np.float32)
+    losses = np.array([1.0, 2.0], np.float32)
+    mixed = joint._distilled(joint.Distill(0.25, "given"), losses, mine, {}, {"teacher": teacher})
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (teacher.astype(np.float64), mine.astype(np.float64)))
+    divergence = (p * (np.log(p) - np.log(q))).sum(-1).mean((1, 2))
+    np.testing.assert_allclose(mixed, 0.75 * losses + 0.25 * divergence, rtol=1e-5)
 
 
 def test_error_term_in_numpy(net):

@@ -5,24 +5,19 @@ import os
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import made_models
 import numpy as np
 import own_models
 import pytest
-import safetensors.numpy
-from flax import nnx, serialization, traverse_util
+from flax import nnx
 
 import search
 import train
-from mpq_jax import FloatModel, Refusal, by_example, data, joint, stages, weights
 from mpq_jax import config as config_lib
-from mpq_jax.data.own import open_own
-from mpq_jax.float_model import call_flags
+from mpq_jax import stages
 from mpq_jax.importance import load_importance
 
 ROOT = Path(__file__).parent.parent
@@ -111,193 +106,6 @@ def test_trained_weights_are_used_and_kept(place, tmp_path, monkeypatch, capsys)
         )
         params = wanted["params"] if kind == "linen" else wanted
         jax.tree.map(np.testing.assert_array_equal, stages.finished_float(run)["params"], params)
-
-
-class State(NamedTuple):
-    params: jax.Array
-    fresh: jax.Array
-
-
-def test_a_stage_that_starts_from_a_checkpoint_compiles_its_step_once(tmp_path):
-    """Arrays of a checkpoint are tied to a device, fresh ones are not; a step must not be compiled for each mixture."""
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
-    )
-    kept = jax.device_put(np.ones(3, np.float32), jax.devices()[0])
-    state = State(kept, jax.numpy.zeros(3))
-    step = stages.compile_step(
-        lambda state, batch, key, fixed: (jax.tree.map(lambda x: x + batch, state), {"losses": state.params[:1]})
-    )
-    config = config_lib.Config(checkpoint_every=9, log_every=9)
-    run = types.SimpleNamespace(config=config, workdir=tmp_path, sinks=())
-    before_step = []
-
-    def batches(_):
-        for i in range(3):
-            before_step.append(len(compiled))
-            yield np.float32(i)
-
-    end = stages.train(run, "stage", state, step, 3, batches, ["row"])
-    np.testing.assert_array_equal(end.fresh, [3, 3, 3])
-    assert before_step[0] < before_step[1] == before_step[2]
-
-
-# ---- weights from files --------------------------------------------------------------------------------------------
-
-
-def _nested(flat):
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-TREE = {
-    "params": _nested(
-        {"dense/kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "dense/bias": np.ones(3, np.float32)}
-    ),
-    "batch_stats": _nested({"norm/mean": np.full(3, 2.0, np.float32)}),
-}
-
-
-def test_weights_from_files_of_every_kind(tmp_path):
-    """Each form that Flax weights are kept in fills the same leaves; random streams of NNX stay as they were."""
-    import orbax.checkpoint as ocp
-
-    empty = {**jax.tree.map(np.zeros_like, TREE), "RngCount": {"dropout": {"count": np.uint32(7)}}}
-    flat = traverse_util.flatten_dict(TREE, sep="/")
-    safetensors.numpy.save_file(
-        {k: np.ascontiguousarray(v, np.float32) for k, v in flat.items()}, tmp_path / "a.safetensors"
-    )
-    one_tree = {k.partition("/")[2]: np.ascontiguousarray(v, np.float32) for k, v in flat.items()}
-    safetensors.numpy.save_file(one_tree, tmp_path / "nnx.safetensors")
-    (tmp_path / "b.msgpack").write_bytes(serialization.msgpack_serialize(TREE))
-    with ocp.PyTreeCheckpointer() as writer:
-        writer.save((tmp_path / "c").absolute(), {**TREE, "step": 4, "opt_state": [np.zeros(2)]})
-        writer.save((tmp_path / "d").absolute(), {k: {"value": v} for k, v in one_tree.items()})
-    for name in ("a.safetensors", "nnx.safetensors", "b.msgpack", "c", "d"):
-        loaded = weights.load(tmp_path / name, empty)
-        assert loaded.pop("RngCount") == empty["RngCount"]
-        jax.tree.map(np.testing.assert_array_equal, loaded, TREE)
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda flat: flat.pop("params/dense/bias"), "lack params/dense/bias"),
-        (
-            lambda flat: flat.update({"params/more/kernel": np.ones(2)}),
-            "have params/more/kernel, which the model has not",
-        ),
-        (lambda flat: flat.update({"params/dense/bias": np.ones(4)}), r"shape \[4\], the model needs \[3\]"),
-    ],
-)
-def test_weights_of_another_model_are_refused(tmp_path, change, words):
-    flat = traverse_util.flatten_dict(TREE, sep="/")
-    change(flat)
-    (tmp_path / "w.msgpack").write_bytes(serialization.msgpack_serialize(_nested(flat)))
-    with pytest.raises(Refusal, match=words):
-        weights.load(tmp_path / "w.msgpack", TREE)
-    for name, content in (("no.msgpack", b"\x00\x01"), ("w.pickle", b"x"), ("w.safetensors", b"x")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(Refusal, match=r"give a \.safetensors file of Flax paths"):
-            weights.load(tmp_path / name, TREE)
-
-
-# ---- data ----------------------------------------------------------------------------------------------------------
-
-
-def opened(name, **options):
-    return open_own(f"own_models:{name}", getattr(own_models, name)(), **options)
-
-
-def test_every_example_once_an_epoch_and_any_step_on_its_own():
-    dataset = opened("small", validation_fraction=0.2)
-    assert dataset.sizes == {"train": 32, "validation": 8, "test": 23} and dataset.num_classes == 10
-    stream = data.train_batches(dataset, 8, seed=3)
-    epoch = [next(stream) for _ in range(4)]
-    seen = np.concatenate([batch["image"] for batch in epoch])
-    assert len(np.unique(seen.reshape(32, -1), axis=0)) == 32
-    held = np.concatenate([b["image"][b["valid"]] for b in data.eval_batches(dataset, "validation", 5)])
-    assert not {x.tobytes() for x in held} & {x.tobytes() for x in seen}
-    later = next(data.train_batches(dataset, 8, seed=3, first_step=3))
-    jax.tree.map(np.testing.assert_array_equal, later, epoch[3])
-    halves = [next(data.train_batches(dataset, 8, seed=3, process_index=i, process_count=2)) for i in (0, 1)]
-    np.testing.assert_array_equal(
-        np.concatenate([h["label"] for h in halves]), [*epoch[0]["label"][::2], *epoch[0]["label"][1::2]]
-    )
-
-
-def test_examples_by_number_are_the_same_batches():
-    arrays, lines = opened("small"), opened("by_number", validation_fraction=0.1)
-    for one, other in zip(data.eval_batches(arrays, "test", 8), data.eval_batches(lines, "test", 8), strict=True):
-        jax.tree.map(np.testing.assert_array_equal, one, other)
-    batches = list(data.eval_batches(lines, "test", 8))
-    assert [int(batch["valid"].sum()) for batch in batches] == [8, 8, 7]
-    assert batches[-1]["label"][-1] == -1 and not batches[-1]["image"][-1].any()
-    assert next(data.train_batches(lines, 8, seed=0))["label"].dtype == np.int32
-
-
-def test_augmentation_depends_on_seed_and_step_alone():
-    dataset, small = (opened(name, validation_fraction=0) for name in ("flipped", "small"))
-    signs = [
-        np.sign((a["image"] * b["image"]).sum()) for a, b in zip(_steps(dataset, 12), _steps(small, 12), strict=True)
-    ]
-    assert set(signs) == {-1.0, 1.0}
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        _steps(dataset, 12)[7],
-        next(data.train_batches(dataset, 8, seed=1, first_step=7)),
-    )
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        _steps(opened("flipped", augment=False, validation_fraction=0), 3),
-        _steps(small, 3),
-    )
-    with pytest.raises(Refusal, match="augment of --data own_models:shrinking made"):
-        _steps(opened("shrinking"), 1)
-
-
-def _steps(dataset, count):
-    return [batch for _, batch in zip(range(count), data.train_batches(dataset, 8, seed=1), strict=False)]
-
-
-# ---- tasks ---------------------------------------------------------------------------------------------------------
-
-
-def test_means_over_examples_leave_padding_out():
-    """Against NumPy: further axes are averaged, padded examples are in no mean."""
-    rng = np.random.default_rng(0)
-    outputs, valid = rng.normal(size=(5, 4)).astype(np.float32), np.array([True, True, True, False, False])
-    batch = {"x": np.zeros((5, 4)), "y": rng.normal(size=(5, 4)).astype(np.float32), "valid": valid}
-    task = by_example(lambda o, b: (o - b["y"]) ** 2, lambda o, b: o > 0, ("x",), {}, {})
-    np.testing.assert_allclose(task.loss(outputs, batch), ((outputs - batch["y"])[:3] ** 2).mean(), rtol=1e-6)
-    right, count = task.correct(outputs, batch)
-    np.testing.assert_allclose(right / count, (outputs[:3] > 0).mean(), rtol=1e-6)
-    del batch["valid"]
-    np.testing.assert_allclose(task.loss(outputs, batch), ((outputs - batch["y"]) ** 2).mean(), rtol=1e-6)
-    no_answers = by_example(lambda o, b: o, None, ("x",), {}, {})
-    assert np.isnan(no_answers.correct(outputs, batch)[0]) and no_answers.correct(outputs, batch)[1] == 5
-
-
-def test_distillation_of_logits_with_a_time_axis():
-    """[P, B, T, V]: the mean over examples and time of the divergence from the teacher, against NumPy."""
-    rng = np.random.default_rng(0)
-    mine, teacher = rng.normal(size=(2, 3, 4, 5)).astype(np.float32), rng.normal(size=(3, 4, 5)).astype(np.float32)
-    losses = np.array([1.0, 2.0], np.float32)
-    mixed = joint._distilled(joint.Distill(0.25, "given"), losses, mine, {}, {"teacher": teacher})
-    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (teacher.astype(np.float64), mine.astype(np.float64)))
-    divergence = (p * (np.log(p) - np.log(q))).sum(-1).mean((1, 2))
-    np.testing.assert_allclose(mixed, 0.75 * losses + 0.25 * divergence, rtol=1e-5)
-
-
-def test_flags_are_found_by_their_names():
-    module = own_models.linen(10)
-    assert call_flags(module, False) == ({"deterministic": False}, {"deterministic": True})
-    assert call_flags(own_models.Distance(), False) == ({"is_training": True}, {"is_training": False})
-    assert call_flags(own_models.Net(10, 4, nnx.Rngs(0)), True) == ({"train": True}, {"train": False})
-    import flax.linen as nn
-
-    assert call_flags(nn.Dense(3), False) == ({}, {})
-    assert FloatModel(module, inputs=("x",)).is_trained is False
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------

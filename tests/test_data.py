@@ -1,11 +1,8 @@
 """Data: what the batches hold, that they can be made again anywhere, and that a set that is not there is refused."""
 
-import gzip
-import io
 import itertools
 import math
 import os
-import struct
 import subprocess
 import sys
 from collections import Counter
@@ -14,11 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_data import jpeg, made_image, make_cifar10, make_fashion_mnist, make_imagenet2012
-from PIL import Image
 
 from mpq_jax.data import eval_batches, open_dataset, opening, records, train_batches
-from mpq_jax.data.augment import draws, normalise, shift_and_flip, shuffled
-from mpq_jax.data.images import AREA, RATIO, centre_crop, crop_and_resize, crop_box, random_resized_crop
+from mpq_jax.data.images import centre_crop
 from mpq_jax.data.opening import cut_validation
 from mpq_jax.data.prepare import labelled, write_set
 from mpq_jax.data.recipes import IDX_VARIABLE, RECIPES
@@ -187,25 +182,6 @@ def test_images_and_labels_belong_together(made, name):
 # Order and augmentation.
 
 
-def test_order_is_a_permutation_of_every_epoch():
-    positions = np.arange(35)
-    order = shuffled(5, positions, 7)
-    for epoch in range(5):
-        assert sorted(order[7 * epoch : 7 * epoch + 7]) == list(range(7))
-    assert len({tuple(order[7 * epoch : 7 * epoch + 7]) for epoch in range(5)}) > 1
-    assert all(shuffled(5, np.array([position]), 7)[0] == order[position] for position in positions)
-    # Each example is as often first as any other: 7 of 700, standard deviation 9.3.
-    firsts = np.bincount(shuffled(0, np.arange(0, 4900, 7), 7), minlength=7)
-    assert np.abs(firsts - 100).max() < 5 * 9.3
-
-
-def test_random_words_belong_to_positions():
-    words = draws(1, np.arange(40))
-    assert np.array_equal(draws(1, np.array([39, 3, 17])), words[[39, 3, 17]])
-    assert len(np.unique(words)) == words.size
-    assert not np.array_equal(draws(2, np.arange(40)), words)
-
-
 @pytest.mark.parametrize("name", ("fashion_mnist", "cifar10", "imagenet2012"))
 def test_augmentation_depends_on_position_not_on_the_batch(made, name):
     dataset, plain = opened(made, name), opened(made, name, augment=False)
@@ -217,38 +193,6 @@ def test_augmentation_depends_on_position_not_on_the_batch(made, name):
     # The same example looks different in different epochs: always where it is cropped, mostly where only shifted.
     size = dataset.sizes["train"]
     assert len(set(joined(taken(train_batches(dataset, size, seed=2), 3)))) >= (3 if name in SIZES else 2.8) * size
-
-
-@pytest.mark.parametrize("shift", (0, 2, 4))
-@pytest.mark.parametrize("flip", (False, True))
-def test_shift_and_flip_is_pad_crop_and_mirror(shift, flip):
-    random = np.random.default_rng(0)
-    images = random.integers(1, 256, (200, 6, 5, 3), dtype=np.uint8)
-    result = shift_and_flip(images, draws(0, np.arange(200)), shift, flip)
-    seen = Counter()
-    for image, changed in zip(images, result, strict=True):
-        padded = np.zeros((6 + 2 * shift, 5 + 2 * shift, 3), np.uint8)
-        padded[shift : shift + 6, shift : shift + 5] = image
-        ways = [
-            (down, right, mirrored)
-            for down in range(2 * shift + 1)
-            for right in range(2 * shift + 1)
-            for mirrored in ((False, True) if flip else (False,))
-            if np.array_equal(padded[down : down + 6, right : right + 5][:, :: -1 if mirrored else 1], changed)
-        ]
-        assert len(ways) == 1
-        seen[ways[0]] += 1
-    assert len({way[0] for way in seen}) == len({way[1] for way in seen}) == 2 * shift + 1
-    if flip:
-        assert 60 < sum(number for way, number in seen.items() if way[2]) < 140
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_normalise_is_mean_and_standard_deviation(name):
-    recipe = RECIPES[name]
-    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, len(recipe.mean)), dtype=np.uint8)
-    expected = (images.astype(np.float64) / 255 - np.array(recipe.mean)) / np.array(recipe.std)
-    np.testing.assert_allclose(normalise(images, recipe.mean, recipe.std), expected, atol=1e-6)
 
 
 # The validation split.
@@ -330,76 +274,6 @@ def test_two_processes_write_digits_at_once(tmp_path):
     # Nothing half written is left beside the set.
     assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == ["digits"]
     assert [path.name for path in (tmp_path / "shared" / "digits").iterdir()] == ["1.0.0"]
-
-
-def write_idx(path, array):
-    """Bytes by hand, as the format is published."""
-    header = b"\x00\x00\x08" + bytes([array.ndim]) + b"".join(struct.pack(">I", size) for size in array.shape)
-    path.write_bytes(gzip.compress(header + array.tobytes()))
-
-
-@pytest.fixture
-def idx(tmp_path, monkeypatch):
-    folder = tmp_path / "idx"
-    folder.mkdir()
-    random, made_arrays = np.random.default_rng(0), {}
-    for prefix, count in (("train", 60), ("t10k", 30)):
-        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = random.integers(0, 10, count, dtype=np.uint8)
-        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images)
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
-        made_arrays["train" if prefix == "train" else "test"] = images, labels
-    monkeypatch.setenv(IDX_VARIABLE, str(folder))
-    return folder, made_arrays
-
-
-def test_fashion_mnist_from_idx_files_is_tfdss_own(idx, tmp_path):
-    import tensorflow_datasets as tfds
-
-    dataset = open_dataset("fashion_mnist", data_dir=tmp_path / "data", validation_fraction=0)
-    assert dataset.sizes == {"train": 60, "validation": 0, "test": 30} and dataset.num_classes == 10
-    for split, (images, labels) in idx[1].items():
-        expected = Counter(
-            (((image[..., None] / 255 - 0.28604) / 0.35302).round(4).tobytes(), int(label))
-            for image, label in zip(images, labels, strict=True)
-        )
-        found = Counter()
-        for batch in eval_batches(dataset, split, 30):
-            # To the nearest pixel value and back, to compare exactly.
-            pixels = ((batch["image"].astype(np.float64) * 0.35302 + 0.28604) * 255).round()
-            found.update(
-                (((image / 255 - 0.28604) / 0.35302).round(4).tobytes(), int(label))
-                for image, label in zip(pixels, batch["label"], strict=True)
-            )
-        assert found == expected
-    stock = tfds.builder("fashion_mnist", data_dir=tmp_path / "other")
-    written = tfds.builder("fashion_mnist", data_dir=tmp_path / "data")
-    assert written.info.splits["train"].num_examples == 60
-    assert (written.info.full_name, repr(written.info.features)) == (stock.info.full_name, repr(stock.info.features))
-    assert written.info.features["label"].names == stock.info.features["label"].names
-
-
-def test_a_prepared_fashion_mnist_goes_before_idx_files(idx, tmp_path):
-    make_fashion_mnist(tmp_path / "home", train=40, test=20)
-    assert open_dataset("fashion_mnist", data_dir=tmp_path / "data").sizes["test"] == 20
-    assert not (tmp_path / "data" / "fashion_mnist").exists()
-
-
-@pytest.mark.parametrize("damage", ("cut off", "not gzip", "wrong type", "no images"))
-def test_damaged_idx_files_are_refused_and_nothing_is_written(idx, tmp_path, damage):
-    path = idx[0] / "t10k-images-idx3-ubyte.gz"
-    content = gzip.decompress(path.read_bytes())
-    path.write_bytes(
-        {
-            "cut off": gzip.compress(content[:-5]),
-            "not gzip": b"<html>404</html>",
-            "wrong type": gzip.compress(b"\x00\x00\x0d" + content[3:]),
-            "no images": gzip.compress(content[:2]),
-        }[damage]
-    )
-    with pytest.raises(Refusal, match=r"t10k-images-idx3-ubyte\.gz"):
-        open_dataset("fashion_mnist", data_dir=tmp_path / "data")
-    assert not (tmp_path / "data" / "fashion_mnist").exists()
 
 
 # Reading: memory, files, other sets.
@@ -491,86 +365,6 @@ def test_neither_jax_nor_tensorflow_is_needed(made):
     command = [sys.executable, "-c", script, str(made[0])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout == "read\n", done.stderr
-
-
-# Crops.
-
-
-@pytest.mark.parametrize("width, height", ((500, 375), (333, 500), (64, 64), (1, 1), (7, 3)))
-def test_crop_boxes_keep_to_area_and_ratio(width, height):
-    random, areas, ratios = np.random.default_rng(0), [], []
-    for _ in range(1000):
-        left, top, right, bottom = crop_box(random, width, height)
-        assert 0 <= left < right <= width and 0 <= top < bottom <= height
-        areas.append((right - left) * (bottom - top) / (width * height))
-        ratios.append((right - left) / (bottom - top))
-    if min(width, height) > 50:
-        slack = 2 / min(width, height) / math.sqrt(AREA[0])
-        assert AREA[0] * (1 - slack) <= min(areas) < 0.12 and 0.85 < max(areas) <= 1
-        assert RATIO[0] * (1 - slack) <= min(ratios) < 0.8 and 1.25 < max(ratios) <= RATIO[1] * (1 + slack)
-
-
-@pytest.mark.parametrize("width, height, box", ((1000, 10, (493, 0, 506, 10)), (10, 1000, (0, 493, 10, 506))))
-def test_an_image_too_long_for_any_box_is_cut_in_the_middle(width, height, box):
-    """8 % of the area at 3:4 is over 24 pixels wide: none fits."""
-    assert {crop_box(np.random.default_rng(seed), width, height) for seed in range(20)} == {box}
-
-
-@pytest.mark.parametrize("box", ((0, 0, 90, 70), (13, 5, 53, 45), (80, 60, 90, 70), (10, 0, 42, 32)))
-def test_crop_and_resize_is_pils_resize_of_that_box(box):
-    """The box cut out first, then resized: no neighbours outside of it, no shortcut in decoding."""
-    encoded = jpeg(made_image(np.random.default_rng(0), 3, (70, 90, 3)))
-    image = Image.open(io.BytesIO(encoded)).convert("RGB")
-    expected = np.asarray(image.crop(box).resize((64, 64), Image.Resampling.BILINEAR))
-    assert np.array_equal(crop_and_resize(encoded, 3, box, 64), expected)
-
-
-def test_large_jpegs_are_decoded_small_with_nearly_the_same_result():
-    encoded = jpeg(made_image(np.random.default_rng(0), 3, (801, 1203, 3)))
-    box = (101, 50, 1101, 750)
-    image = Image.open(io.BytesIO(encoded)).convert("RGB")
-    expected = np.asarray(image.crop(box).resize((64, 64), Image.Resampling.BILINEAR), np.float64)
-    result = crop_and_resize(encoded, 3, box, 64)
-    assert np.abs(result - expected).mean() < 2 and not np.array_equal(result, expected)
-
-
-def test_random_resized_crop_is_a_box_and_half_the_time_a_flip():
-    encoded = jpeg(made_image(np.random.default_rng(0), 3, (60, 80, 3)))
-    flips = 0
-    for seed in range(40):
-        box = crop_box(np.random.default_rng(seed), 80, 60)
-        plain = crop_and_resize(encoded, 3, box, 32)
-        result = random_resized_crop(encoded, 3, 32, np.random.default_rng(seed))
-        flipped = np.array_equal(result, plain[:, ::-1])
-        assert flipped or np.array_equal(result, plain)
-        flips += flipped
-    assert 8 < flips < 32
-
-
-def triangle_weights(source, target):
-    """[target, source]: antialiased linear interpolation, from its definition, in float64."""
-    scale = source / target
-    support = max(scale, 1.0)
-    centres = (np.arange(target) + 0.5) * scale
-    distance = np.abs(np.arange(source) + 0.5 - centres[:, None]) / support
-    weights = np.maximum(0, 1 - distance)
-    return weights / weights.sum(1, keepdims=True)
-
-
-@pytest.mark.parametrize("height, width", ((375, 500), (500, 333), (256, 256), (200, 150)))
-def test_centre_crop_is_resize_to_256_and_the_middle_224(height, width):
-    encoded = jpeg(made_image(np.random.default_rng(0), 1, (height, width, 3)))
-    pixels = np.asarray(Image.open(io.BytesIO(encoded)), np.float64)
-    short = min(height, width)
-    high, wide = (256 * side // short for side in (height, width))
-    resized = np.tensordot(triangle_weights(height, high), pixels, 1)
-    resized = np.einsum("sw,twc->tsc", triangle_weights(width, wide), resized, optimize=True)
-    top, left = round((high - 224) / 2), round((wide - 224) / 2)
-    expected = resized[top : top + 224, left : left + 224]
-    result = centre_crop(encoded, 3, 224)
-    assert result.shape == (224, 224, 3)
-    # PIL rounds to whole levels after each of the two passes.
-    assert np.abs(result - expected).max() < 1.6
 
 
 # What is refused.

@@ -99,7 +99,7 @@ def _nnx(model: nnx.Module) -> Seam:
     def run(
         variables: Variables, inputs: Sequence[Any], kwargs: Mapping[str, Any], mutable: Mutable, rngs: Rngs
     ) -> tuple[Any, Variables]:
-        if rngs:
+        if isinstance(rngs, jax.Array) or rngs:  # a key alone has no truth value
             raise Refusal("an NNX model carries its own random streams; leave rngs out")
         merged = nnx.merge(graph, scatter(variables))
         kwargs = dict(kwargs)

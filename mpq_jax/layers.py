@@ -57,10 +57,14 @@ def leaf_paths(spec: LayerSpec, quantizer: Quantizer, kind: str, which: str = "a
 
 
 class Site(NamedTuple):
-    """What one trace tells of a leaf: its calls, and the shapes of their operands."""
+    """What one trace tells of a leaf: its calls, and the shapes of their operands.
+
+    weight: of the first call; weights: the shapes of all, for each call one.
+    """
 
     calls: list[Call]
     weight: jax.ShapeDtypeStruct
+    weights: list[tuple[int, ...]]
     inputs: int
     outputs: int
 
@@ -149,8 +153,9 @@ def discover(
     for (leaf, _), (call, weight, n_in, n_out) in calls.items():
         if leaf in sites:
             sites[leaf].calls.append(call)
+            sites[leaf].weights.append(weight.shape)
         else:
-            sites[leaf] = Site([call], weight, n_in, n_out)
+            sites[leaf] = Site([call], weight, [weight.shape], n_in, n_out)
     if not sites:
         raise Refusal("the model has no product of data with a parameter: there is nothing to quantize")
     return sites, traces[-1]
@@ -259,8 +264,9 @@ def spec_of(
 
 
 def _channels(site: Site) -> int | None:
-    axes = {call.channel_axes for call in site.calls}
-    return math.prod(site.weight.shape[i] for i in site.calls[0].channel_axes) if len(axes) == 1 else None
+    # A transposed weight has its channels on the same axis, but others.
+    places = {(call.channel_axes, shape) for call, shape in zip(site.calls, site.weights, strict=True)}
+    return math.prod(site.weight.shape[i] for i in site.calls[0].channel_axes) if len(places) == 1 else None
 
 
 def _kind(call: Call, weight: jax.ShapeDtypeStruct) -> str:

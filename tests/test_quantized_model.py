@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from layer_nets import Net
 
 from mpq_jax import Bits, Refusal, flax_seam
 from mpq_jax.quantized_model import quantize
@@ -14,33 +15,6 @@ from mpq_jax.rules import Candidates
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0, impl="rbg")
-
-
-class Block(nn.Module):
-    """A residual block whose first convolution and shortcut read the same tensor."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        y = nn.Conv(self.features, (3, 3), use_bias=False, name="conv1")(x)
-        y = nn.relu(nn.BatchNorm(use_running_average=not train, name="bn1")(y))
-        y = nn.Conv(self.features, (3, 3), feature_group_count=self.features, name="depthwise")(y)
-        return nn.relu(y + nn.Conv(self.features, (1, 1), name="shortcut")(x))
-
-
-class Net(nn.Module):
-    remat: bool = False
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        x = nn.relu(nn.Conv(4, (3, 3), name="stem")(x))
-        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        x = block(6, name="block1")(x, train)
-        x = nn.Dropout(0.1, deterministic=not train)(x)
-        return nn.Dense(3, name="head")(x.mean((1, 2)))
-
-
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 2)), jnp.float32)
 
 
@@ -90,24 +64,6 @@ def conv_numpy(x, k, padding):
 def grid_numpy(x, s, bits, signed):
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     return np.round(np.clip(np.asarray(x, np.float64) / s, low, high)) * s
-
-
-def test_layer_table(net):
-    """Paths, order, MACs by hand count, ties, signs, fixed ends."""
-    _, _, quantized = net
-    table = {layer.path: layer for layer in quantized.layers}
-    assert list(table) == ["stem", "block1/conv1", "block1/depthwise", "block1/shortcut", "head"]
-    macs = {"stem": 36 * 9 * 2 * 4, "block1/conv1": 36 * 9 * 4 * 6, "block1/depthwise": 36 * 9 * 6}
-    macs |= {"block1/shortcut": 36 * 4 * 6, "head": 18}
-    assert {path: layer.macs for path, layer in table.items()} == macs
-    assert table["block1/conv1"].params == 9 * 4 * 6 and table["block1/depthwise"].params == 54
-    assert table["stem"].bits == table["head"].bits == Bits(8, 8)
-    assert table["block1/conv1"].tied == table["block1/shortcut"].tied is not None
-    assert table["block1/depthwise"].tied is None
-    signs = {spec.paths[0]: spec.signed for spec in quantized.specs.values()}
-    assert signs == {path: path == "stem" for path in table}
-    kinds = {spec.paths[0]: spec.kind for spec in quantized.specs.values()}
-    assert kinds["block1/depthwise"] == "depthwise" and kinds["head"] == "dense" and kinds["stem"] == "conv"
 
 
 def test_step_sizes_are_leaves_beside_the_kernel(net, calibrated):
@@ -447,42 +403,6 @@ def test_float_within_a_stack():
         for q, v in ((q_scan, variables), (q_loop, loop_variables))
     ]
     np.testing.assert_allclose(*outs, rtol=1e-4, atol=1e-5)
-
-
-class Hidden(nn.Module):
-    """A product with a parameter inside a while loop: it cannot be taken apart."""
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (4, 4))
-        x = nn.Dense(4, name="dense")(x)
-        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ kernel), (0, x))[1]
-
-
-def test_not_reached_is_refused_by_name():
-    x = jnp.ones((2, 4))
-    with pytest.raises(Refusal, match=r"kernel.*while.*float"):
-        quantize(Hidden(), x)
-    for allowed in ({"rules": [("^kernel$", "float")]}, {"allow_unreached": True}):
-        quantized = quantize(Hidden(), x, **allowed)
-        assert [layer.path for layer in quantized.layers] == ["dense"]
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ({"rules": [("nothing", "float")]}, "matches no layer"),
-        ({"rules": [("(", "float")]}, "not a regular expression"),
-        ({"rules": [("stem", "fp4")]}, "rule value"),
-        ({"rules": [("stem", "1,8")]}, "from 2 to 16"),
-        ({"bit_widths": (1, 2)}, "from 2 to 16"),
-        ({"bit_widths": (2, 2)}, "distinct"),
-        ({"signed": [("nowhere", True)]}, "matches no layer"),
-    ],
-)
-def test_refusals(net, arguments, words):
-    with pytest.raises(Refusal, match=words):
-        quantize(net[0], IMAGES, **arguments)
 
 
 def test_refusals_when_applying(net, calibrated):

@@ -104,6 +104,9 @@ def test_names_and_channels_where_a_module_has_several_parameters():
     assert quantized.specs["two/up"].names == {"weight": "two/up_weight_", "activation": "two/up_activation_"}
     assert quantized.specs["w"].names == {"weight": "w_weight_", "activation": "w_activation_"}
     assert (quantized.specs["two/down"].signed, quantized.specs["two/up"].signed) == (False, True)
+    shapes = jax.eval_shape(lambda x: quantized.calibrate(Twice().init(jax.random.key(0), x), x), ROWS)
+    with pytest.raises(Refusal, match="'w' has no one number of output channels"):
+        quantized.apply(shapes, {path: Bits((4,) * 7, 4) for path in table}, ROWS)
     overridden = quantize(Twice(), ROWS, ends=None, signed=[("down", True), ("up", False)])
     assert (overridden.specs["two/down"].signed, overridden.specs["two/up"].signed) == (True, False)
 

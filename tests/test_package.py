@@ -216,3 +216,42 @@ def test_installed_commands_run(unpacked, tmp_path):
     assert refused.returncode == 2 and "mpq-train --config" in refused.stderr and ".py" not in refused.stderr
     unknown = python(tmp_path / "mpq-train", "--config", "digit", cwd=tmp_path, env=environment)
     assert unknown.returncode == 2 and "digits" in unknown.stderr and unknown.stderr.count("\n") == 1
+
+
+# Modules whose tests are not in test_<module>.py or test_<package>_<module>.py: test file -> modules.
+TESTED_IN = {
+    "test_checkpoint.py": "digests",
+    "test_own_model.py": "trial",
+    "test_ilp.py": "types",
+    "test_pipeline.py": "commands/train criteria/learned",
+    "test_search_command.py": "commands/search commands/search_options report/searched",
+    "test_export_command.py": "commands/export export/checks",
+    "test_criteria_files.py": "criteria/compute",
+    "test_criteria_fisher.py": "criteria/mpqco criteria/one_at_a_time criteria/output_fisher criteria/probes criteria/sites",
+    "test_criteria_hessian.py": "criteria/hawq criteria/hawq_v2",
+    "test_data.py": "data/batches data/digits data/opening data/prepare data/recipes data/records",
+    "test_packed.py": "export/c_header export/fold export/replay",
+    "test_stablehlo.py": "export/coded",
+    "test_export_onnx.py": "export/onnx_axes export/onnx_compare export/onnx_grids export/onnx_products export/onnx_writer",
+    "test_models.py": "models/cnn_nnx models/layers models/mobilenet_v1 models/resnet models/resnet_cifar",
+    "test_quantizers.py": "quantizers/lq_nets quantizers/lsq quantizers/pact quantizers/qil quantizers/starts",
+    "test_report.py": "report/figures report/tables report/write",
+    "test_report_page.py": "report/curves report/layer_charts report/point_charts report/scales report/words",
+    "test_gumbel.py": "search/edmips",
+    "test_search_methods.py": "search/measure search/run",
+    "test_check.py": "search/show",
+}
+
+
+def test_every_module_has_its_tests():
+    """In a file named after it, or in the one named above; a new module without either is told here."""
+    tests = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    elsewhere = {module: file for file, modules in TESTED_IN.items() for module in modules.split()}
+    modules = {
+        path.relative_to(ROOT / "mpq_jax").with_suffix("").as_posix()
+        for path in (ROOT / "mpq_jax").rglob("*.py")
+        if not path.stem.startswith("__")
+    }
+    assert set(elsewhere) <= modules and set(TESTED_IN) <= tests
+    own = {m for m in modules if {f"test_{m.replace('/', '_')}.py", f"test_{Path(m).name}.py"} & tests}
+    assert modules - own - set(elsewhere) == set()

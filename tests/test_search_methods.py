@@ -11,11 +11,9 @@ from measured import log_without_seconds
 import search
 import train
 from mpq_jax import Bits, Refusal, costs, data, joint, stages
-from mpq_jax.config import Config, from_json, load, to_json
 from mpq_jax.importance import load_importance
 from mpq_jax.policy import load_policy, stack
 from mpq_jax.search import gumbel, measure, methods, run
-from mpq_jax.workdir import load_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = """
@@ -231,14 +229,3 @@ def test_refused_runs(place, tmp_path, capsys):
     budgets = costs.parse_budgets(["latency=9ms"], table.layers, widths, widths, latency)
     with pytest.raises(Refusal, match="measurements of whole layers"):
         run.find("autoq", tmp_path, table, budgets, methods.settings("autoq"))
-
-
-def test_config_of_a_run(place, tmp_path):
-    """What a workdir says of its settings is the config again."""
-    config = load(place / "tiny.py")
-    assert load_config(place / "run") == config and from_json(to_json(Config())) == Config()
-    (tmp_path / "config.json").write_text('{"format": "mpq-run", "version": 1, "config": {"joint": {"stepz": 1}}}')
-    with pytest.raises(Refusal, match="not of this program"):
-        load_config(tmp_path)
-    with pytest.raises(Refusal, match="does not exist"):
-        load_config(tmp_path / "none")

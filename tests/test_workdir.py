@@ -1,6 +1,7 @@
 """A run's folder: whose it is, which checkpoint is the newest whole one, and which table a policy was found with."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tables import made
@@ -41,6 +42,20 @@ def test_a_refused_command_leaves_no_claim(tmp_path, capsys):
     (run / "pretrain").mkdir()
     workdir.release(run)
     assert (run / "config.json").exists() and not workdir.claim(run, config_lib.Config(), finetuning=False)
+
+
+def test_config_of_a_run(tmp_path):
+    """What a folder says of its settings is the config again, of every config there is; no run and old ones are refused."""
+    for number, file in enumerate(sorted(Path("configs").glob("*.py"))):
+        config = config_lib.load(file)
+        workdir.claim(tmp_path / str(number), config, finetuning=False)
+        assert workdir.load_config(tmp_path / str(number)) == config
+    assert number >= 6
+    (tmp_path / "config.json").write_text('{"format": "mpq-run", "version": 1, "config": {"joint": {"stepz": 1}}}')
+    with pytest.raises(Refusal, match="not of this program"):
+        workdir.load_config(tmp_path)
+    with pytest.raises(Refusal, match="does not exist"):
+        workdir.load_config(tmp_path / "none")
 
 
 def test_settings_are_what_changes_the_result():

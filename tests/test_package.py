@@ -223,6 +223,7 @@ TESTED_IN = {
     "test_checkpoint.py": "digests",
     "test_own_model.py": "trial",
     "test_ilp.py": "types",
+    "test_ops.py": "cpu_convolution",
     "test_pipeline.py": "commands/train criteria/learned",
     "test_search_command.py": "commands/search commands/search_options report/searched",
     "test_export_command.py": "commands/export export/checks",

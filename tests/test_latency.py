@@ -16,7 +16,7 @@ from tables import best_by_force
 import search
 from mpq_jax import Bits, Importance, Layer, costs, latency, products
 from mpq_jax.importance import save_importance
-from mpq_jax.products import KERNELS, Measured, Product, Use
+from mpq_jax.products import KERNELS, ProductShape, Times, Use
 from mpq_jax.search import solve
 
 *_, FLOAT32 = KERNELS
@@ -42,7 +42,7 @@ def tiny(num_classes):
 def test_every_layer_has_every_pair():
     model, uses = opened()
     rounds = {kernel.name: [1.0, 2.0, 4.0] for kernel in KERNELS}
-    measured = {use.product: Measured(8, rounds, {}) for its in uses.values() for use in its}
+    measured = {use.product: Times(8, rounds, {}) for its in uses.values() for use in its}
     table = latency.table(model.layers, uses, measured, model.bit_widths, model.activation_bit_widths)
     every = {(w, a) for w in (2, 4, 6) for a in (2, 4, 6)}
     for layer in model.layers:
@@ -56,11 +56,11 @@ def test_every_layer_has_every_pair():
     assert all(word in shown for word in (*uses, "stride 2", "groups 4", "up 2", "uniform W4A4", "all in float"))
 
 
-A = Product("dot_general", (2, 5), (5, 3), (("dimension_numbers", (((1,), (0,)), ((), ()))), ("precision", None)))
+A = ProductShape("dot_general", (2, 5), (5, 3), (("dimension_numbers", (((1,), (0,)), ((), ()))), ("precision", None)))
 B = A._replace(lhs=(7, 5))  # any other
 MADE = {
-    A: Measured(4, {"int8": [1.0, 9.0, 2.0], "bfloat16": [4.0] * 3, "float32": [1.0, 1.0, 5.0]}, {"int4": "E: no"}),
-    B: Measured(1, {"bfloat16": [10.0] * 3, "float32": [30.0, 20.0, 10.0]}, {"int4": "E: no", "int8": "E: slow"}),
+    A: Times(4, {"int8": [1.0, 9.0, 2.0], "bfloat16": [4.0] * 3, "float32": [1.0, 1.0, 5.0]}, {"int4": "E: no"}),
+    B: Times(1, {"bfloat16": [10.0] * 3, "float32": [30.0, 20.0, 10.0]}, {"int4": "E: no", "int8": "E: slow"}),
 }
 USES = {"a": [Use(A, 1, "float32")], "b": [Use(A, 3, "bfloat16"), Use(B, 2, "bfloat16")]}
 LAYERS = (Layer("a", 15, 30, True), Layer("b", 9, 90, False, Bits(8, 8)))

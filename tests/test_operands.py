@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpq_jax.numerics import decode
-from mpq_jax.operands import Operand, gathered, grids, place_on_channels, tapped, with_state
+from mpq_jax.operands import Operand, fake_quants, gathered, place_on_channels, tapped, with_state
 from mpq_jax.quantizers import lq_nets, lsq, pact
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -88,7 +88,7 @@ def test_grids_of_a_layer():
     call = types.SimpleNamespace(channel_axes=AXES)
     steps, activation = RNG.uniform(0.1, 0.5, (3, CHANNELS)), np.array([0.3, 0.1])
     value = {"weight": {"step_size": jnp.float32(steps)}, "activation": {"step_size": jnp.float32(activation)}}
-    of_weight, of_activation = grids(spec, lsq(per_channel=True), call, jnp.float32(W), value)
+    of_weight, of_activation = fake_quants(spec, lsq(per_channel=True), call, jnp.float32(W), value)
     for k, bits in enumerate(WIDTHS):
         expected = grid(W, steps[k].reshape(3, 1, 4), bits)
         np.testing.assert_allclose(of_weight(jnp.float32(W), jnp.int32(bits)), expected, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ from jax import lax
 from product_nets import BATCH, opened
 
 from mpq_jax import Bits, Refusal, products
-from mpq_jax.products import KERNELS, Kernel, Product
+from mpq_jax.products import KERNELS, Kernel, ProductShape
 from mpq_jax.quantized_model import quantize
 
 INT4, INT8, _, FLOAT32 = KERNELS
@@ -108,12 +108,12 @@ def conv(lhs, rhs, strides=None, padding=None, up=None, dilation=None, groups=1,
         "batch_group_count": batch_groups,
         "precision": None,
     }
-    return Product("conv_general_dilated", lhs, rhs, tuple(params.items()))
+    return ProductShape("conv_general_dilated", lhs, rhs, tuple(params.items()))
 
 
 def dot(lhs, rhs, sums, batch=((), ())):
     params = {"dimension_numbers": (sums, batch), "precision": None}
-    return Product("dot_general", lhs, rhs, tuple(params.items()))
+    return ProductShape("dot_general", lhs, rhs, tuple(params.items()))
 
 
 def conv_by_loops(product, lhs, rhs):

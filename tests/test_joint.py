@@ -201,7 +201,7 @@ def test_distillation_of_logits_with_a_time_axis():
     rng = np.random.default_rng(0)
     mine, teacher = rng.normal(size=(2, 3, 4, 5)).astype(np.float32), rng.normal(size=(3, 4, 5)).astype(np.float32)
     losses = np.array([1.0, 2.0], np.float32)
-    mixed = joint._distilled(joint.Distill(0.25, "given"), losses, mine, {}, {"teacher": teacher})
+    mixed = joint._distilled(joint.Distill(0.25, "given"), losses, mine, {}, {"teacher": teacher}, None)
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (teacher.astype(np.float64), mine.astype(np.float64)))
     divergence = (p * (np.log(p) - np.log(q))).sum(-1).mean((1, 2))
     np.testing.assert_allclose(mixed, 0.75 * losses + 0.25 * divergence, rtol=1e-5)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax import Refusal, stages
+from mpq_jax import Refusal, parallel, stages
 from mpq_jax import config as config_lib
 
 
@@ -29,7 +29,7 @@ def test_a_stage_that_starts_from_a_checkpoint_compiles_its_step_once(tmp_path):
         lambda state, batch, key, fixed: (jax.tree.map(lambda x: x + batch, state), {"losses": state.params[:1]})
     )
     config = config_lib.Config(checkpoint_every=9, log_every=9)
-    run = types.SimpleNamespace(config=config, workdir=tmp_path, sinks=())
+    run = types.SimpleNamespace(config=config, workdir=tmp_path, sinks=(), layout=parallel.layout(config.parallel))
     before_step = []
 
     def batches(_):

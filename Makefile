@@ -32,7 +32,7 @@ lint: setup
 	touch $@
 
 test: lint .venv/litert
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The long forms of tests/test_kills.py, test_parallel.py, test_untrusted.py and test_finite.py: about an hour of one core. Each ends with its
 # counts as a line of JSON, and fails where anything was lost.

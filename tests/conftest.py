@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and the order of the files."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,26 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().
 
 import jax
 import pytest
+
+# Files that take longest, in seconds of one core: begun first, so that no worker is left alone with one at the end.
+LONGEST = (
+    "test_parallel.py",
+    "test_examples.py",
+    "test_kills.py",
+    "test_own_model.py",
+    "test_pipeline.py",
+    "test_docs.py",
+    "test_notebook.py",
+    "test_search_methods.py",
+    "test_package.py",
+    "test_quantizer_training.py",
+    "test_criteria_files.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(Path(item.path).name, len(order)))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mpq_jax import joint, stages
+from mpq_jax import data, joint, stages
 from mpq_jax.config import PAPER_JOINT, Config, Data, Joint, Model, Pretrain, Quantize
 from mpq_jax.criteria.learned import learned
 
@@ -64,7 +64,7 @@ def end_losses(run: stages.Run, state: joint.TrainState) -> list[float]:
     policies = joint.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
     rows = jax.tree.map(lambda x: x[:count], state.rows)
     loss = jax.jit(lambda params, rows, batch: joint.joint_loss(model, task, params, rows, policies, batch)[1][0])
-    batches = stages.data.eval_batches(run.dataset, "validation", 500)
+    batches = data.eval_batches(run.dataset, "validation", 500)
     return np.mean([loss(state.params, rows, batch) for batch in batches], axis=0).tolist()
 
 

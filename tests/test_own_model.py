@@ -17,7 +17,7 @@ from flax import nnx
 import search
 import train
 from mpq_jax import config as config_lib
-from mpq_jax import stages
+from mpq_jax import data, stages
 from mpq_jax.importance import load_importance
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,7 @@ def place(tmp_path_factory):
 
 def test_killed_and_resumed_it_ends_as_the_built_in_path_does(place, monkeypatch):
     """The same model and images through factories, stopped in joint training: the same files, to the last byte."""
-    real, served = stages.data.train_batches, []
+    real, served = data.train_batches, []
 
     def stopping(*args, **kwargs):
         for batch in real(*args, **kwargs):
@@ -52,11 +52,11 @@ def test_killed_and_resumed_it_ends_as_the_built_in_path_does(place, monkeypatch
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(stages.data, "train_batches", stopping)
+    monkeypatch.setattr(data, "train_batches", stopping)
     command = [*OWN, "--workdir", str(place / "own")]
     assert train.main(command) == 130
     assert not (place / "own" / "importance.json").exists()
-    monkeypatch.setattr(stages.data, "train_batches", real)
+    monkeypatch.setattr(data, "train_batches", real)
     assert train.main(command) == 0
     for name in ("importance.json", "indicators.json"):
         assert (place / "own" / name).read_bytes() == (place / "built_in" / name).read_bytes()

@@ -12,9 +12,10 @@ from made_reports import rows_of, table_named, taken_apart
 
 import search
 import train
-from mpq_jax import joint, logs, stages
+from mpq_jax import data, joint, logs, stages
 from mpq_jax.criteria.learned import RowLog, fit_alpha, load_rows, save_rows
 from mpq_jax.importance import load_importance
+from mpq_jax.stages.run import train_batches
 from mpq_jax.types import Bits, Importance, Layer
 from mpq_jax.workdir import latest_step, load_config
 
@@ -51,7 +52,7 @@ def arguments(place, run, *more):
 
 def test_interrupted_and_resumed_is_the_same(place, monkeypatch):
     """Stopped in the middle of joint training, the run ends with the same files, to the last byte."""
-    real = stages.data.train_batches
+    real = data.train_batches
     served = []
 
     def stopping(*args, **kwargs):
@@ -61,10 +62,10 @@ def test_interrupted_and_resumed_is_the_same(place, monkeypatch):
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(stages.data, "train_batches", stopping)
+    monkeypatch.setattr(data, "train_batches", stopping)
     assert train.main(arguments(place, "stopped")) == 130
     assert not (place / "stopped" / "importance.json").exists()
-    monkeypatch.setattr(stages.data, "train_batches", real)
+    monkeypatch.setattr(data, "train_batches", real)
     assert train.main(arguments(place, "stopped")) == 0
     for name in ("importance.json", "indicators.json"):
         assert (place / "stopped" / name).read_bytes() == (place / "run" / name).read_bytes()
@@ -211,7 +212,7 @@ def test_cheaper_joint_training_stopped_and_resumed(place, monkeypatch):
     assert train.main(arguments(place, "cheaper", *CHEAPER)) == 0
     # Error alone for 20 // 4 steps, two windows that hardly differ, two windows of cooling down.
     assert latest_step(place / "cheaper" / "joint") == 5 + 2 * 2 + 2 * 2
-    real, served = stages.data.train_batches, []
+    real, served = data.train_batches, []
 
     def stopping(*args, **kwargs):
         for batch in real(*args, **kwargs):
@@ -220,9 +221,9 @@ def test_cheaper_joint_training_stopped_and_resumed(place, monkeypatch):
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(stages.data, "train_batches", stopping)
+    monkeypatch.setattr(data, "train_batches", stopping)
     assert train.main(arguments(place, "cheaper stopped", *CHEAPER)) == 130
-    monkeypatch.setattr(stages.data, "train_batches", real)
+    monkeypatch.setattr(data, "train_batches", real)
     assert train.main(arguments(place, "cheaper stopped", *CHEAPER)) == 0
     for name in ("importance.json", "indicators.json"):
         assert (place / "cheaper stopped" / name).read_bytes() == (place / "cheaper" / name).read_bytes()
@@ -244,7 +245,7 @@ def test_cheaper_joint_training_stopped_and_resumed(place, monkeypatch):
         np.testing.assert_array_equal(mine, kept)
     assert len(rows.loss) == 24 and table.alpha == fit_alpha(table._replace(**_arrays(saved)), rows)
     variables, task = joint.row_variables(state, 0), joint.classification()
-    batches = list(itertools.islice(stages._train_batches(run, 16, "alpha")(0), 2))
+    batches = list(itertools.islice(train_batches(run, 16, "alpha")(0), 2))
     for number in (0, 23):
         bits = rows.policies[number]
         chosen = {

@@ -129,7 +129,7 @@ def test_measured_as_the_model_is(place, opened):
 def test_killed_while_theta_trains(place, quick, tmp_path, monkeypatch):
     """Stopped between two checkpoints and started again: the same training log, the same policies."""
     whole = log_of(place, "edmips")
-    real = stages.data.train_batches
+    real = data.train_batches
     table = load_importance(place / "run" / "importance.json")
     budgets = costs.parse_budgets(["bitops=W3A3", "size=W3"], table.layers, table.bit_widths, table.bit_widths)
     settings = methods.settings("edmips", FEW["edmips"])

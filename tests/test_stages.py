@@ -10,6 +10,7 @@ import pytest
 
 from mpq_jax import Refusal, parallel, stages
 from mpq_jax import config as config_lib
+from mpq_jax.stages import loop
 
 
 class State(NamedTuple):
@@ -45,8 +46,8 @@ def test_a_stage_that_starts_from_a_checkpoint_compiles_its_step_once(tmp_path):
 def test_what_cannot_be_started_or_saved_is_refused(tmp_path):
     """A gradient can overflow where no loss does: then no checkpoint holds what came of it."""
     good, bad = {"conv": {"kernel": jnp.ones(3)}}, {"conv": {"kernel": jnp.float32([1, jnp.nan, 1])}}
-    stages._check_parameters(good, 7, "joint", tmp_path)
+    loop._check_parameters(good, 7, "joint", tmp_path)
     with pytest.raises(
         Refusal, match=r"\['conv'\]\['kernel'\] is not finite after step 7 of joint; the last good checkpoint"
     ):
-        stages._check_parameters(bad, 7, "joint", tmp_path)
+        loop._check_parameters(bad, 7, "joint", tmp_path)

@@ -71,18 +71,18 @@ def after_step(at: int, number: int, note: Path) -> Callable[[], None]:
     """For a child: it sends itself a signal, once, when it has looked at the losses of step `at` of joint training."""
 
     def prepare() -> None:
-        from mpq_jax import stages
+        from mpq_jax.stages import loop
 
-        settle = stages._settle
+        settle = loop._settle
 
-        def struck(pending, names, stage, *more):
-            found = settle(pending, names, stage, *more)
-            if stage == "joint" and pending[-1][0] >= at and not note.exists():
+        def struck(stage, pending):
+            found = settle(stage, pending)
+            if stage.name == "joint" and pending[-1][0] >= at and not note.exists():
                 note.write_text(str(time.monotonic()))
                 os.kill(os.getpid(), number)
             return found
 
-        stages._settle = struck
+        loop._settle = struck
 
     return prepare
 

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.proof import NETS, Bench, Settings, measured, open_bench
 from benchmarks.proof_lines import BUDGETS, LEVELS, Lines, as_lists, as_policy, digest
+from mpq_jax import command_line, costs, importance, joint, stages
 from mpq_jax import config as config_lib
-from mpq_jax import costs, importance, joint, stages
 from mpq_jax.criteria.learned import RowLog, fit_alpha, learned
 from mpq_jax.search import solve
 from mpq_jax.types import Importance
@@ -121,9 +121,9 @@ def losses(bench: Bench, lines: Lines) -> None:
             lines.add(f"loss {key}", loss=loss, accuracy=accuracy)
 
 
-@config_lib.command
+@command_line.command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = config_lib.Parser("benchmarks.cheaper", __doc__)
+    parser = command_line.Parser("benchmarks.cheaper", __doc__)
     parser.add_argument("--net", required=True, choices=sorted(NETS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, default=Path("runs/proof"))

@@ -28,8 +28,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mpq_jax import command_line, costs, importance, policy, stages
 from mpq_jax import config as config_lib
-from mpq_jax import costs, importance, policy, stages
 from mpq_jax.config import Config
 from mpq_jax.criteria import CRITERIA, files
 from mpq_jax.files import write_json, write_text
@@ -268,7 +268,7 @@ def chosen_systems(names: Sequence[str]) -> list[str]:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], list[str]]:
     """Arguments, overrides of the config, settings of the measuring searches."""
-    parser = config_lib.Parser("benchmarks.compare", __doc__)
+    parser = command_line.Parser("benchmarks.compare", __doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--budget", action="append", required=True)
     parser.add_argument("--systems", nargs="+", default=["all"], help=f"all, or of: {', '.join(SYSTEMS)}")
@@ -286,7 +286,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], li
     return arguments, overrides, settings
 
 
-@config_lib.command
+@command_line.command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides, settings = parse(argv)
     systems = chosen_systems(arguments.systems)

@@ -36,7 +36,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.proof_lines import BUDGETS, LEVELS, PREDICTED, Lines, as_lists, as_policy, digest
-from mpq_jax import build, costs, data, importance, joint, pipeline, policy, stages
+from mpq_jax import build, command_line, costs, data, importance, joint, pipeline, policy, stages
 from mpq_jax import config as config_lib
 from mpq_jax import workdir as workdirs
 from mpq_jax.criteria import CRITERIA, files
@@ -554,9 +554,9 @@ FUNCTIONS: Mapping[str, Callable[[Bench], None]] = {
 }
 
 
-@config_lib.command
+@command_line.command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = config_lib.Parser("benchmarks.proof", __doc__)
+    parser = command_line.Parser("benchmarks.proof", __doc__)
     parser.add_argument("--net", required=True, choices=sorted(NETS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="+", choices=sorted(FUNCTIONS), default=list(FUNCTIONS))

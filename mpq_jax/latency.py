@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mpq_jax import command_line
 from mpq_jax import config as config_lib
 from mpq_jax.files import check_out, write_json
 from mpq_jax.types import Bits, Layer, Refusal
@@ -230,19 +231,19 @@ def _processor() -> str:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Config]:
     """Arguments and config; refuses what can be refused before JAX is imported."""
-    parser = config_lib.Parser("python -m mpq_jax.latency", __doc__)
+    parser = command_line.Parser("python -m mpq_jax.latency", __doc__)
     add = parser.add_argument
-    config_lib.add_model(parser)
+    command_line.add_model(parser)
     add("--out", required=True, type=Path, help="where the table is written, e.g. latency.json")
     add("--batch", type=int, default=1, help="samples at a time; times are of the whole batch (default 1)")
     add("--rounds", type=int, default=11, help="times that each kernel is measured, interleaved (default 11)")
-    config_lib.add_help(parser)
+    command_line.add_help(parser)
     arguments, rest = parser.parse_known_args(argv)
-    config_lib.refuse_misspelt(rest, ("--config", "--model", "--data", "--out", "--batch", "--rounds"), parser.prog)
+    command_line.refuse_misspelt(rest, ("--config", "--model", "--data", "--out", "--batch", "--rounds"), parser.prog)
     for name in ("batch", "rounds"):
         if getattr(arguments, name) < 1:
             raise Refusal(f"--{name} is {getattr(arguments, name)}; write a positive integer, e.g. --{name} 4")
-    config = config_lib.of_model(arguments, rest)
+    config = command_line.of_model(arguments, rest)
     check_out(arguments.out, (arguments.config,))
     return arguments, config
 

@@ -13,7 +13,7 @@ import pytest
 BEGIN = """
 import hashlib, os, signal, sys, threading, time
 from mpq_jax import stopping
-from mpq_jax.config import command
+from mpq_jax.command_line import command
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 stopping.GRACE = 0.5
 def compiling():  # as XLA does: in C, for long, without a look at signals

@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpq_jax import command_line, workdir
 from mpq_jax import config as config_lib
-from mpq_jax import workdir
 from mpq_jax.types import Refusal
 
 FORMATS = ("packed", "stablehlo", "onnx", "qonnx", "qwix", "litert")
@@ -19,7 +19,7 @@ _OWN = ("--workdir", "--policy", "--out", "--formats", "--fold", "--c-header", "
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Arguments, and what overrides the config. Refuses what can be refused before anything heavy is imported."""
-    parser = config_lib.Parser("python -m mpq_jax.export", __doc__)
+    parser = command_line.Parser("python -m mpq_jax.export", __doc__)
     parser.add_argument("--workdir", type=Path, help="the run's folder")
     parser.add_argument("--policy", type=Path, help="the policy it was fine-tuned with; default: WORKDIR/policy.json")
     parser.add_argument("--out", type=Path, help="folder to write to; default: WORKDIR/export")
@@ -30,9 +30,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--check", default="1000", help="test images to compare the file with the model on: a number, or all; 0: none"
     )
     parser.add_argument("--evaluate", type=Path, metavar="FILE", help="measure a model.safetensors on its test set")
-    config_lib.add_help(parser)
+    command_line.add_help(parser)
     known, rest = parser.parse_known_args(argv)
-    config_lib.refuse_misspelt(rest, _OWN, parser.prog)
+    command_line.refuse_misspelt(rest, _OWN, parser.prog)
     if (known.workdir is None) == (known.evaluate is None):
         raise Refusal("give either --workdir (to write files) or --evaluate FILE (to measure one)")
     if known.check != "all" and not known.check.isdigit():
@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return known, rest
 
 
-@config_lib.command
+@command_line.command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = parse(argv)
     if arguments.evaluate is not None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpq_jax.command_line import command
 from mpq_jax.commands.search_options import parse
-from mpq_jax.config import command
 from mpq_jax.files import check_out
 from mpq_jax.types import Refusal
 

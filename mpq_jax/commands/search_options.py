@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpq_jax.config import Parser, add_model, short
+from mpq_jax.command_line import Parser, add_model, short
 from mpq_jax.criteria import CRITERIA
 from mpq_jax.search import methods
 from mpq_jax.types import Refusal

@@ -11,15 +11,15 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpq_jax import command_line, lock, processes, workdir
 from mpq_jax import config as config_lib
-from mpq_jax import lock, processes, workdir
 from mpq_jax.types import Refusal
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Config]:
     """Arguments and config; refuses what can be refused before anything heavy is imported."""
-    parser = config_lib.Parser("train.py", __doc__)
-    config_lib.add_model(parser)
+    parser = command_line.Parser("train.py", __doc__)
+    command_line.add_model(parser)
     parser.add_argument("--workdir", help="where the run is kept; default: runs/<name of the config, or of the model>")
     parser.add_argument("--policy", help="fine-tune with this policy.json (from search.py) and report")
     parser.add_argument("--float-only", action="store_true", help="stop after float training: enough for most criteria")
@@ -31,15 +31,15 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, config_lib.Co
         help="trace STEPS steps (10) of each stage, to WORKDIR/profile",
     )
     parser.add_argument("--quantizer", help="short for --quantize.quantizer: lsq, pact, qil or lq_nets")
-    config_lib.add_help(parser)
+    command_line.add_help(parser)
     known, rest = parser.parse_known_args(argv)
     own = ("--config", "--model", "--data", "--workdir", "--policy", "--float-only", "--profile", "--quantizer")
-    config_lib.refuse_misspelt(rest, own, parser.prog)
+    command_line.refuse_misspelt(rest, own, parser.prog)
     if known.quantizer is not None:
         rest = [*rest, "--quantize.quantizer", known.quantizer]
     if known.profile is not None:
         rest = [*rest, "--logs.profile", known.profile]
-    config = config_lib.of_model(known, rest)
+    config = command_line.of_model(known, rest)
     if known.float_only and known.policy:
         raise Refusal("--float-only stops before what --policy does; give one of them")
     name = known.config.stem if known.config else config.model.name.rpartition(":")[2]
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, config: config_lib.Config) -> None:
         finish(config, arguments.workdir, Path(arguments.policy))
 
 
-@config_lib.command
+@command_line.command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, config = parse(argv)
     finetuning = arguments.policy is not None

@@ -250,7 +250,7 @@ def _row(name: str, table: Importance, measured, group: Sequence[Policy], as_flo
 # ---- what the figures show ----------------------------------------------------------------------------------------
 
 
-def _grids(model: QuantizedModel, variables: Mapping[str, Any], table: Importance) -> list[report.Grid]:
+def _grids(model: QuantizedModel, variables: Mapping[str, Any], table: Importance) -> list[report.WeightGrid]:
     """The narrowest and the widest searched layer at the same width, as in the paper's figure 1."""
     searched = sorted((layer for layer in table.layers if layer.searched), key=lambda layer: layer.params)
     middle = sorted(table.bit_widths)[len(table.bit_widths) // 2]
@@ -269,7 +269,7 @@ def _grids(model: QuantizedModel, variables: Mapping[str, Any], table: Importanc
         at = (flat[spec.leaf][position], values, jnp.int32(bits), True)
         codes, decoding = quantizer.encode(*at), quantizer.decoding(*at)
         step_size, offset = float(decoding.scale), float(decoding.offset)
-        grids.append(report.Grid(layer.path, bits, step_size, np.ravel(at[0]), np.ravel(codes), offset))
+        grids.append(report.WeightGrid(layer.path, bits, step_size, np.ravel(at[0]), np.ravel(codes), offset))
     return grids
 
 

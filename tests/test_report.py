@@ -33,7 +33,7 @@ def made(layers=5, depthwise=True):
     grids = []
     for path in ("unit0/depthwise", "unit1/pointwise"):
         values = rng.normal(size=500)
-        grids.append(report.Grid(path, 3, 0.5, values, np.clip(np.round(values / 0.5), -4, 3).astype(int)))
+        grids.append(report.WeightGrid(path, 3, 0.5, values, np.clip(np.round(values / 0.5), -4, 3).astype(int)))
     rows = [
         report.AccuracyRow("float", 0.9321, None, 1, 0.2, sum(ly.macs for ly in table) * 1024, 40000),
         report.AccuracyRow("uniform W3A3", 0.9, None, 1, 0.3, 123456, 4000),
@@ -181,7 +181,7 @@ def test_share_of_the_first_budget(used, shown):
 def test_counts_per_level(bits):
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     codes = np.clip(np.random.default_rng(bits).normal(size=500).round(), low, high).astype(np.int32)
-    grid = report.Grid("a", bits, 0.5, codes * 0.5, codes)
+    grid = report.WeightGrid("a", bits, 0.5, codes * 0.5, codes)
     levels, counts = figures.code_counts(grid)
     np.testing.assert_array_equal(counts, np.bincount(codes - low, minlength=2**bits))
     assert levels.tolist() == list(range(low, high + 1)) and counts.sum() == 500

@@ -6,7 +6,7 @@ NumPy, Jinja2 and matplotlib, imported where they are needed.
 from mpq_jax.report.curves import Curve, curve
 from mpq_jax.report.page import html
 from mpq_jax.report.searched import searched
-from mpq_jax.report.tables import AccuracyRow, Grid, Report, terminal_table
+from mpq_jax.report.tables import AccuracyRow, Report, WeightGrid, terminal_table
 from mpq_jax.report.write import write
 
-__all__ = ["AccuracyRow", "Curve", "Grid", "Report", "curve", "html", "searched", "terminal_table", "write"]
+__all__ = ["AccuracyRow", "Curve", "Report", "WeightGrid", "curve", "html", "searched", "terminal_table", "write"]

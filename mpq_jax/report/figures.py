@@ -13,7 +13,7 @@ import numpy as np
 
 from mpq_jax.policy import mean_weight_bits
 from mpq_jax.report.scales import FLOAT
-from mpq_jax.report.tables import Grid, Report, chosen_bits, importance_table, searched_layers, searched_pairs
+from mpq_jax.report.tables import Report, WeightGrid, chosen_bits, importance_table, searched_layers, searched_pairs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,7 +136,7 @@ def weight_grids(report: Report) -> Figure:
     return figure
 
 
-def code_counts(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+def code_counts(grid: WeightGrid) -> tuple[np.ndarray, np.ndarray]:
     """(levels, counts): every level of the signed grid, and how many weights are on it."""
     found, counts = np.unique(grid.codes, return_counts=True)
     low = min(-(2 ** (grid.bits - 1)), *found.tolist())

@@ -28,7 +28,7 @@ class AccuracyRow(NamedTuple):
     note: str = ""
 
 
-class Grid(NamedTuple):
+class WeightGrid(NamedTuple):
     """A layer's float weights [N] and their integer codes [N] at one width: what figure 1 shows.
 
     A code stands for step_size * (code + offset).
@@ -61,7 +61,7 @@ class Report(NamedTuple):
     policies: Mapping[str, Policy]
     used: Mapping[str, tuple[Any, Any, str]]
     accuracy: Sequence[AccuracyRow]
-    grids: Sequence[Grid]
+    grids: Sequence[WeightGrid]
     depthwise_pairs: Sequence[tuple[str, str]]
     indicators: Mapping[str, Any] | None
     initial: Mapping[str, Any] | None

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mpq_jax import joint, models, optimizers, stages
+from mpq_jax import joint, models, optimizers, row_policies, stages
 from mpq_jax.config import Joint
 from mpq_jax.quantized_model import quantize
 
@@ -36,7 +36,7 @@ def contestants(name: str):
     images = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
     batch = {"image": images, "label": jax.ShapeDtypeStruct((size,), jnp.int32)}
     quantized = quantize(model, images)
-    uniform = joint.uniform_rows(quantized.layers, quantized.bit_widths, quantized.bit_widths)
+    uniform = row_policies.uniform_rows(quantized.layers, quantized.bit_widths, quantized.bit_widths)
     key = jax.eval_shape(lambda: jax.random.key(0))
     sgd, adam = optimizers.sgd(0.01, 0.9, 1e-4), stages.joint_optimizer(quantized, Joint(), 300)
 

@@ -23,7 +23,7 @@ from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mpq_jax import data, joint, stages
+from mpq_jax import data, joint, row_policies, stages
 from mpq_jax.config import PAPER_JOINT, Config, Data, Joint, Model, Pretrain, Quantize
 from mpq_jax.criteria.learned import learned
 
@@ -61,7 +61,7 @@ def one_run(root: Path, model: str, seed: int, recipe: str, start: str, steps: i
 def end_losses(run: stages.Run, state: joint.TrainState) -> list[float]:
     """Each uniform row's loss as training sees it (statistics of the batch), on validation images in batches of 500."""
     model, task, count = run.model, joint.classification(), len(run.model.bit_widths)
-    policies = joint.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
+    policies = row_policies.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
     rows = jax.tree.map(lambda x: x[:count], state.rows)
     loss = jax.jit(lambda params, rows, batch: joint.joint_loss(model, task, params, rows, policies, batch)[1][0])
     batches = data.eval_batches(run.dataset, "validation", 500)

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import made_data
 
 import train
-from mpq_jax import build, joint, stages
+from mpq_jax import build, joint, row_policies, stages
 from mpq_jax import config as config_lib
 
 
@@ -49,7 +49,7 @@ def ahead_of_time(name: str, batch: int) -> None:
     features, classes = build.features(config)
     source, shape = build.float_model(config, classes), features["image"][0]
     model = build.quantized(config, source, features)
-    uniform = joint.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
+    uniform = row_policies.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
     optimizer = stages.joint_optimizer(model, config.joint, 1000)
     step = joint.make_step(
         model,

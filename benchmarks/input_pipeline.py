@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import made_data
 
 from mpq_jax import config as config_lib
-from mpq_jax import data, joint, optimizers, stages
+from mpq_jax import data, joint, optimizers, row_policies, stages
 
 # set -> (config, batch size, float steps in a block, joint steps in a block)
 SETS = {
@@ -41,7 +41,7 @@ def steps_of(run: stages.Run, batch: Any) -> dict[str, tuple[Callable[..., Any],
     sgd = optimizers.sgd(0.01, 0.9, 1e-4)
     adam = stages.joint_optimizer(model, config_lib.Joint(), 1000)
     calibrated = jax.jit(lambda v, x: model.calibrate(v, *x, **task.eval_kwargs))(run.variables, task.inputs(batch))
-    uniform = joint.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
+    uniform = row_policies.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
     rows = len(jax.tree.leaves(uniform)[0]) + 1
     return {
         "float": (jax.jit(joint.make_step(model, task, sgd)), joint.init_state(run.variables, sgd, 1), None),

@@ -22,7 +22,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mpq_jax import joint, models, optimizers
+from mpq_jax import joint, models, optimizers, row_policies
 from mpq_jax.quantized_model import quantize
 
 JOINT = "joint step, weights trained (the paper's loss)"
@@ -71,7 +71,7 @@ def main() -> None:
     plain = quantized._replace(apply=functools.partial(quantized.apply, kernels="plain"))
     calibrated = jax.jit(lambda v, x: quantized.calibrate(v, x))(variables, batch["image"])
     task, key = joint.classification(), jax.random.key(0)
-    uniform = joint.uniform_rows(quantized.layers, quantized.bit_widths, quantized.bit_widths)
+    uniform = row_policies.uniform_rows(quantized.layers, quantized.bit_widths, quantized.bit_widths)
     rows = len(quantized.bit_widths) + 1
     sgd = optimizers.sgd(0.01, 0.9, 1e-4)
     ours = optimizers.partition(quantized, optax.set_to_zero(), optimizers.log_space(optax.adam(0.01, b2=0.95)))
@@ -148,7 +148,7 @@ def compilations(quantized, variables, batch) -> int:
 
     layers, widths = quantized.layers, quantized.bit_widths
     for seed in range(20):
-        drawn = joint.random_rows(jax.random.key(seed), layers, widths, widths, 1)
+        drawn = row_policies.random_rows(jax.random.key(seed), layers, widths, widths, 1)
         jax.block_until_ready(run(variables["params"], jax.tree.map(lambda b: b[0], drawn)))
     return len(traces)
 

@@ -126,7 +126,7 @@ def _train(job: Job, out: Path) -> None:
     import jax.numpy as jnp
     import optax
 
-    from mpq_jax import checkpoint, costs, joint, optimizers, parallel, processes, quantizers
+    from mpq_jax import checkpoint, costs, joint, optimizers, parallel, processes, quantizers, row_policies
     from mpq_jax.config import Parallel
     from mpq_jax.criteria.learned import learned, unlearnable
     from mpq_jax.quantized_model import quantize
@@ -149,7 +149,7 @@ def _train(job: Job, out: Path) -> None:
     task = joint.classification()._replace(loss=loss)
     layout = parallel.layout(Parallel(data=data, row=row, fsdp=fsdp))
     rows = len(WIDTHS) + 1
-    key, fixed = parallel.place(layout, (jax.random.key(3), joint.uniform_rows(model.layers, WIDTHS, WIDTHS)))
+    key, fixed = parallel.place(layout, (jax.random.key(3), row_policies.uniform_rows(model.layers, WIDTHS, WIDTHS)))
     index, count = parallel.block(layout)
     variant: dict[str, Any] = {
         "plain": {"rows_at_a_time": 1},

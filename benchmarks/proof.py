@@ -36,7 +36,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.proof_lines import BUDGETS, LEVELS, PREDICTED, Lines, as_lists, as_policy, digest
-from mpq_jax import build, command_line, costs, data, importance, joint, pipeline, policy, stages
+from mpq_jax import build, command_line, costs, data, importance, joint, pipeline, policy, row_policies, stages
 from mpq_jax import config as config_lib
 from mpq_jax import workdir as workdirs
 from mpq_jax.criteria import CRITERIA, files
@@ -284,7 +284,7 @@ def samples(bench: Bench) -> None:
         table, budgets = bench.budgets(name if name != "all" else "W3A3")
         seed = 20_000 + bench.seed
         if name == "all":
-            drawn = joint.random_rows(
+            drawn = row_policies.random_rows(
                 jax.random.key(seed), run_.model.layers, table.bit_widths, table.activation_bit_widths, settings.samples
             )
             arrays = {path: (np.asarray(bits.w), np.asarray(bits.a)) for path, bits in drawn.items()}

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.torch_peer import Net, float_step, joint_step
-from mpq_jax import flax_seam, joint, models, optimizers
+from mpq_jax import flax_seam, joint, models, optimizers, row_policies
 from mpq_jax.quantized_model import quantize
 
 # model -> (options, image size, channels, strides of its blocks, stem stride, pooled)
@@ -60,7 +60,7 @@ def contestants(name: str, batch_size: int):
     calibrated = jax.jit(lambda v, x: quantized.calibrate(v, x))(variables, batch["image"])
     task, key = joint.classification(), jax.random.key(0)
     widths = quantized.bit_widths
-    uniform = joint.uniform_rows(quantized.layers, widths, widths)
+    uniform = row_policies.uniform_rows(quantized.layers, widths, widths)
     sgd = optimizers.sgd(0.01, 0.9, 2.5e-5, 1.0)
 
     def step_of(model, variables, rows, fixed=None, **more):

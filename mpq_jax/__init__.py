@@ -10,24 +10,15 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two l
     from mpq_jax.config import Config
     from mpq_jax.costs import bitops, parse_budgets, size
     from mpq_jax.criteria.learned import learned
+    from mpq_jax.evaluation import make_batch_statistics, make_evaluate
     from mpq_jax.float_model import FloatModel
     from mpq_jax.importance import load_importance, repair, save_importance
-    from mpq_jax.joint import (
-        Distill,
-        TrainState,
-        init_state,
-        joint_loss,
-        make_batch_statistics,
-        make_evaluate,
-        make_step,
-        random_rows,
-        row_variables,
-        uniform_rows,
-    )
+    from mpq_jax.joint import Distill, TrainState, init_state, joint_loss, make_step, row_variables
     from mpq_jax.optimizers import log_space, partition
     from mpq_jax.policy import load_policy, save_policy, stack, uniform
     from mpq_jax.quantized_model import quantize
     from mpq_jax.quantizers import lq_nets, lsq, pact, qil
+    from mpq_jax.row_policies import random_rows, uniform_rows
     from mpq_jax.search import best_uniform, random_policies, solve
     from mpq_jax.tasks import Task, by_example, classification
     from mpq_jax.types import (
@@ -47,24 +38,15 @@ _HOME = {
     "config": ("Config",),
     "costs": ("bitops", "parse_budgets", "size"),
     "criteria.learned": ("learned",),
+    "evaluation": ("make_batch_statistics", "make_evaluate"),
     "float_model": ("FloatModel",),
     "importance": ("load_importance", "repair", "save_importance"),
-    "joint": (
-        "Distill",
-        "TrainState",
-        "init_state",
-        "joint_loss",
-        "make_batch_statistics",
-        "make_evaluate",
-        "make_step",
-        "random_rows",
-        "row_variables",
-        "uniform_rows",
-    ),
+    "joint": ("Distill", "TrainState", "init_state", "joint_loss", "make_step", "row_variables"),
     "optimizers": ("log_space", "partition"),
     "policy": ("load_policy", "save_policy", "stack", "uniform"),
     "quantized_model": ("quantize",),
     "quantizers": ("lq_nets", "lsq", "pact", "qil"),
+    "row_policies": ("random_rows", "uniform_rows"),
     "search": ("best_uniform", "random_policies", "solve"),
     "tasks": ("Task", "by_example", "classification"),
     "types": (

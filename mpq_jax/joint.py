@@ -3,7 +3,8 @@
 Float training is a stack of one row without bits, fine-tuning a stack of one policy: there is no other training path.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +13,10 @@ import optax
 
 from mpq_jax import flax_seam, parallel
 from mpq_jax.operands import with_state
-from mpq_jax.policy import stack
-from mpq_jax.policy import uniform as uniform_policy
+from mpq_jax.row_policies import concatenate, policy_array, random_rows
 from mpq_jax.tasks import Batch, Task, logits_of, random_streams
 from mpq_jax.tasks import classification as classification  # also known by this name
-from mpq_jax.types import Bits, Layer, QuantizedModel, Refusal
+from mpq_jax.types import Bits, QuantizedModel, Refusal
 
 
 class Distill(NamedTuple):
@@ -44,66 +44,6 @@ class TrainState(NamedTuple):
     optimizer: Any
     average: Any
     step: jax.Array
-
-
-# ---- rows ---------------------------------------------------------------------------------------------------------
-
-
-def uniform_rows(layers: Sequence[Layer], bit_widths: Sequence[int], activation_bit_widths: Sequence[int]):
-    """The K uniform policies as one stack {path: Bits(int32 [K], int32 [K])}; K is the number of distinct widths.
-
-    A layer without that width takes the candidate nearest to it (the lower of two).
-    """
-    every = sorted({*bit_widths, *activation_bit_widths})
-    rows = [uniform_policy(layers, b, b, bit_widths, activation_bit_widths) for b in every]
-    return jax.tree.map(jnp.asarray, stack(rows))
-
-
-def random_rows(
-    key: jax.Array,
-    layers: Sequence[Layer],
-    bit_widths: Sequence[int],
-    activation_bit_widths: Sequence[int],
-    rows: int,
-    same_bits: bool = False,
-):
-    """R random policies as one stack {path: Bits(int32 [R], int32 [R])}, drawn inside the compiled step.
-
-    Weight and activation bits are drawn independently, uniformly from each layer's candidates; layers with equal
-    `tied` share the draw of their activation bits. same_bits: both get the weights' draw, as in LIMPQ.
-    """
-    drawn: dict[str, Bits] = {}
-    groups: dict[str, jax.Array] = {}
-    for i, layer in enumerate(layers):
-        if layer.bits is not None:
-            drawn[layer.path] = Bits(*(jnp.full(rows, b, jnp.int32) for b in layer.bits))
-            continue
-        key_w, key_a = jax.random.split(jax.random.fold_in(key, i))
-        w = _draw(key_w, layer.weight_bit_widths or bit_widths, rows)
-        candidates = layer.activation_bit_widths or activation_bit_widths
-        a = w if same_bits and tuple(candidates) == tuple(bit_widths) else _draw(key_a, candidates, rows)
-        if layer.tied is not None:
-            # Where a rule narrowed one of the tied layers, it keeps its own draw.
-            a = groups.setdefault(f"{layer.tied} {tuple(candidates)}", a)
-        drawn[layer.path] = Bits(w, a)
-    return drawn
-
-
-def _draw(key: jax.Array, candidates: Sequence[int], rows: int) -> jax.Array:
-    return jnp.asarray(candidates, jnp.int32)[jax.random.randint(key, (rows,), 0, len(candidates))]
-
-
-def concatenate(*stacks: Mapping[str, Bits]) -> dict[str, Bits]:
-    """Stacks of policies, one after the other along the row axis."""
-    return {
-        path: Bits(*(jnp.concatenate(parts) for parts in zip(*(s[path] for s in stacks), strict=True)))
-        for path in stacks[0]
-    }
-
-
-def assignment_array(policies: Mapping[str, Bits], layers: Sequence[Layer]) -> jax.Array:
-    """int32 [P, L, 2]: the weight and activation bits of every row, in the order of `layers`."""
-    return jnp.stack([jnp.stack([policies[layer.path].w, policies[layer.path].a], -1) for layer in layers], 1)
 
 
 # ---- state --------------------------------------------------------------------------------------------------------
@@ -274,7 +214,7 @@ def make_step(
     sliced: bool = False,
     layout: parallel.Layout | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """step(state, batch, key, fixed) -> (state, {"losses": [P], "assignment": int32 [R, L, 2], "gradient_norm": []}).
+    """step(state, batch, key, fixed) -> (state, {"losses": [P], "policies": int32 [R, L, 2], "gradient_norm": []}).
 
     fixed: the stack of rows that stay from step to step (the uniform ones; the policy in fine-tuning), an argument of
         the step, so that other policies are no other program; None: one float row.
@@ -292,62 +232,64 @@ def make_step(
     The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
     """
 
-    def draw(key):
-        return random_rows(key, model.layers, model.bit_widths, model.activation_bit_widths, random, same_bits)
+    loss = functools.partial(joint_loss, model, task, distill=distill, error_weight=error_weight, layout=layout)
+    in_place = distill is not None and distill.teacher != "given"
+    gradients = _make_gradients(loss, error_steps if error_weight else 0, rows_at_a_time, in_place)
+    gradients = parallel.by_rows(gradients, layout)
+    searched = [layer for layer in model.layers if layer.searched]
+    widths = model.bit_widths, model.activation_bit_widths
 
-    def gradients(state, policies, own, batch, rngs):
-        task_weight = jnp.where(state.step < error_steps, 0.0, 1.0) if error_weight and error_steps else 1.0
+    def step(state: TrainState, batch: Batch, key: jax.Array, fixed: Mapping[str, Bits] | None = None):
+        key_rows, key_dropout = jax.random.split(jax.random.fold_in(key, state.step))
+        policies, metrics = fixed, {}
+        if random:
+            drawn = random_rows(key_rows, model.layers, *widths, random, same_bits)
+            policies = concatenate(fixed, drawn) if fixed is not None else drawn
+            metrics["policies"] = policy_array(drawn, searched)
+        rngs = random_streams(task, key_dropout) if dropout else None
+        own = slices(batch, state.rows["index"].shape[0]) if sliced else None
+        grads, losses, stats, moved = gradients(state, policies, own, None if sliced else batch, rngs)
+        state = _moved_on(state, optimizer, grads, stats, moved, average)
+        return state, metrics | {"losses": losses, "gradient_norm": optax.global_norm(grads)}
 
-        def loss(trained, rows, policies, own):
-            params, affine = trained
-            rows = {**rows, "affine": affine}
-            return joint_loss(
-                model,
-                task,
-                params,
-                rows,
-                policies,
-                batch if own is None else own,
-                rngs=rngs,
-                distill=distill,
-                error_weight=error_weight,
-                task_weight=task_weight,
-                sliced=own is not None,
-                layout=layout,
-            )
+    return step if layout is None else parallel.laid_out(step, layout)
 
+
+def _moved_on(state: TrainState, optimizer: optax.GradientTransformation, grads, stats, moved, average: float):
+    """The state after an optimizer step. moved: the quantizer's state, as joint_loss returns it. -> TrainState"""
+    trained = (state.params, state.rows["affine"])
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
+    params, affine = optax.apply_updates(trained, updates)
+    params = with_state(params, moved)
+    averaged = optax.incremental_update(params, state.average, 1 - average) if average else state.average
+    rows = {**state.rows, "stats": stats, "affine": affine}
+    return TrainState(params, rows, optimizer_state, averaged, state.step + 1)
+
+
+def _make_gradients(loss: Callable[..., Any], error_steps: int, rows_at_a_time: int, in_place: bool):
+    """gradients(state, policies, own, batch, rngs) -> as `_accumulated`. own: the rows' own samples, or None and a batch.
+
+    loss: joint_loss, of a model. error_steps: without the task's gradients. in_place: one row teaches the others.
+    """
+
+    def gradients(state: TrainState, policies, own, batch, rngs):
         rows = state.rows["index"].shape[0]  # in a layout those of one device
-        if distill is not None and distill.teacher != "given" and rows_at_a_time not in (0, rows):
+        if in_place and rows_at_a_time not in (0, rows):
             raise Refusal(
                 f"distillation from the widest row needs all {rows} rows at once, not {rows_at_a_time} at a time; leave "
                 "out rows_at_a_time, or the distillation"
             )
-        return _accumulated(loss, state, policies, own, rows_at_a_time)
+        task_weight = jnp.where(state.step < error_steps, 0.0, 1.0) if error_steps else 1.0
 
-    def step(state: TrainState, batch: Batch, key: jax.Array, fixed: Mapping[str, Bits] | None = None):
-        key = jax.random.fold_in(key, state.step)
-        key_rows, key_dropout = jax.random.split(key)
-        policies = fixed
-        metrics = {}
-        if random:
-            drawn = draw(key_rows)
-            policies = concatenate(fixed, drawn) if fixed is not None else drawn
-            searched = [layer for layer in model.layers if layer.searched]
-            metrics["assignment"] = assignment_array(drawn, searched)
-        rngs = random_streams(task, key_dropout) if dropout else None
-        own = slices(batch, state.rows["index"].shape[0]) if sliced else None
-        spread = parallel.by_rows(gradients, layout)
-        grads, losses, stats, moved = spread(state, policies, own, None if sliced else batch, rngs)
-        trained = (state.params, state.rows["affine"])
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
-        params, affine = optax.apply_updates(trained, updates)
-        params = with_state(params, moved)
-        averaged = optax.incremental_update(params, state.average, 1 - average) if average else state.average
-        metrics |= {"losses": losses, "gradient_norm": optax.global_norm(grads)}
-        rows = {**state.rows, "stats": stats, "affine": affine}
-        return TrainState(params, rows, optimizer_state, averaged, state.step + 1), metrics
+        def of(trained, rows, policies, own):
+            params, affine = trained
+            rows = {**rows, "affine": affine}
+            samples = batch if own is None else own
+            return loss(params, rows, policies, samples, rngs=rngs, task_weight=task_weight, sliced=own is not None)
 
-    return step if layout is None else parallel.laid_out(step, layout)
+        return _accumulated(of, state, policies, own, rows_at_a_time)
+
+    return gradients
 
 
 def _accumulated(loss, state: TrainState, policies, own, rows_at_a_time: int):
@@ -378,51 +320,3 @@ def _accumulated(loss, state: TrainState, policies, own, rows_at_a_time: int):
     shared, (stacked, moved) = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, state.params), parts)
     own, losses, stats = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), stacked)
     return (shared, own), losses, stats, jax.tree.map(lambda x: x.sum(0), moved)
-
-
-# ---- evaluation ---------------------------------------------------------------------------------------------------
-
-
-def make_evaluate(model: QuantizedModel, task: Task):
-    """evaluate(variables [P, ...] in all but params, policies, batch) -> (loss sums [P], right [P], examples [])."""
-
-    def evaluate(params, stats, policies, batch):
-        def row(stats, policy):
-            outputs = model.apply({"params": params, **stats}, policy, *task.inputs(batch), **task.eval_kwargs)
-            right, count = task.correct(outputs, batch)
-            return task.loss(outputs, batch) * count, right, count
-
-        # The float model without statistics has nothing to map over: one row.
-        mapped = jax.tree.leaves((stats, policies))
-        losses, right, count = jax.vmap(row, axis_size=len(mapped[0]) if mapped else 1)(stats, policies)
-        return losses, right, count[0]
-
-    return evaluate
-
-
-def make_batch_statistics(model: QuantizedModel, task: Task, dropout: bool = False):
-    """statistics(params, stats [P, ...], policies, batch) -> the batch's own normalisation statistics [P, ...].
-
-    A normalisation layer only ever shows m * old + (1 - m) * batch, with a momentum m of its own. Running it from
-    old = 0 and from old = 1 gives both m and the batch's statistics, whatever the model.
-    """
-
-    rngs = random_streams(task, jax.random.key(0)) if dropout else None
-
-    def statistics(params, stats, policies, batch):
-        def row(stats, policy):
-            def updated(old):
-                variables = {"params": params, **stats, "batch_stats": old}
-                _, new = model.apply(
-                    variables, policy, *task.inputs(batch), mutable=["batch_stats"], rngs=rngs, **task.train_kwargs
-                )
-                return new["batch_stats"]
-
-            zeros = jax.tree.map(jnp.zeros_like, stats["batch_stats"])
-            ones = jax.tree.map(jnp.ones_like, stats["batch_stats"])
-            from_zero, from_one = updated(zeros), updated(ones)
-            return jax.tree.map(lambda low, high: low / (1 - (high - low)), from_zero, from_one)
-
-        return jax.vmap(row)(stats, policies)
-
-    return statistics

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from tables import budgets_of, made
 
-from mpq_jax import Bits, Layer, Refusal, Solution, costs, flax_seam, joint, ops, policy
+from mpq_jax import Bits, Layer, Refusal, Solution, costs, evaluation, flax_seam, joint, ops, policy
 from mpq_jax.importance import load_importance, save_importance
 from mpq_jax.quantized_model import learned_leaves, quantize
 from mpq_jax.quantizers import lsq
@@ -143,7 +143,7 @@ def test_one_compilation_rows_and_finetuning(net):
     @jax.jit
     def evaluate(*arguments):
         traces.append("evaluate")
-        return joint.make_evaluate(quantized, task)(*arguments)
+        return evaluation.make_evaluate(quantized, task)(*arguments)
 
     state = joint.init_state(variables, optimizer, 2)
     key = jax.random.key(0)

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 from made_models import Dense
 
-from mpq_jax import Refusal, flax_seam, joint
+from mpq_jax import Refusal, flax_seam, row_policies
 from mpq_jax.criteria.learned import learned
 from mpq_jax.fewer_widths import filled_in, trained_on
 from mpq_jax.quantized_model import quantize
@@ -91,7 +91,7 @@ def test_rows_are_drawn_from_what_is_trained():
     trained = trained_on(quantized, (2, 4, 8))
     widths = trained.bit_widths, trained.activation_bit_widths
     assert widths == ((2, 4, 6), (3, 4, 8))
-    drawn = joint.random_rows(jax.random.key(0), trained.layers, *widths, 200)
+    drawn = row_policies.random_rows(jax.random.key(0), trained.layers, *widths, 200)
     assert {int(b) for bits in drawn.values() for b in bits.w} == {2, 4, 6}
     assert {int(b) for bits in drawn.values() for b in bits.a} == {3, 4, 8}
 

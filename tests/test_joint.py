@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from mpq_jax import Bits, Layer, Refusal, flax_seam, joint, optimizers
+from mpq_jax import Bits, Layer, Refusal, evaluation, flax_seam, joint, optimizers, row_policies
 from mpq_jax.quantized_model import quantize
 
 
@@ -49,7 +49,7 @@ def in_training(net):
 
 
 def uniform(quantized):
-    return joint.uniform_rows(quantized.layers, quantized.bit_widths, quantized.activation_bit_widths)
+    return row_policies.uniform_rows(quantized.layers, quantized.bit_widths, quantized.activation_bit_widths)
 
 
 def row_of(policies, i):
@@ -95,7 +95,7 @@ def stepped(net):
 @pytest.mark.parametrize("options", [{"rows_at_a_time": 1}, {"rows_at_a_time": 2}, {"rows_at_a_time": 4}])
 def test_rows_at_a_time_change_nothing(stepped, options):
     (one, metrics), (other, metrics2) = stepped(), stepped(**options)
-    np.testing.assert_array_equal(metrics["assignment"], metrics2["assignment"])
+    np.testing.assert_array_equal(metrics["policies"], metrics2["policies"])
     for a, b in ((metrics["losses"], metrics2["losses"]), (one.params, other.params), (one.rows, other.rows)):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5), a, b)
 
@@ -290,8 +290,8 @@ def test_the_first_steps_follow_the_error_alone(net):
 
 def test_random_rows():
     """Candidates only, ties kept, weights and activations independent, a pure function of the key."""
-    rows = joint.random_rows(jax.random.key(0), LAYERS, WIDTHS, WIDTHS, 4000)
-    array = np.asarray(joint.assignment_array(rows, LAYERS))
+    rows = row_policies.random_rows(jax.random.key(0), LAYERS, WIDTHS, WIDTHS, 4000)
+    array = np.asarray(row_policies.policy_array(rows, LAYERS))
     assert array.shape == (4000, 4, 2)
     assert (array[:, 0] == 8).all() and set(np.unique(array[:, 3, 0])) == {4, 8} and (array[:, 3, 1] == 4).all()
     np.testing.assert_array_equal(array[:, 1, 1], array[:, 2, 1])
@@ -299,14 +299,14 @@ def test_random_rows():
         counts = np.bincount(column)[2:5]
         assert counts.min() > 4000 / 3 - 150  # five standard deviations
     assert abs(np.corrcoef(array[:, 1, 0], array[:, 1, 1])[0, 1]) < 0.08
-    again = joint.random_rows(jax.random.key(0), LAYERS, WIDTHS, WIDTHS, 4000)
-    np.testing.assert_array_equal(array, joint.assignment_array(again, LAYERS))
-    same = joint.random_rows(jax.random.key(1), LAYERS[1:2], WIDTHS, WIDTHS, 50, same_bits=True)
+    again = row_policies.random_rows(jax.random.key(0), LAYERS, WIDTHS, WIDTHS, 4000)
+    np.testing.assert_array_equal(array, row_policies.policy_array(again, LAYERS))
+    same = row_policies.random_rows(jax.random.key(1), LAYERS[1:2], WIDTHS, WIDTHS, 50, same_bits=True)
     np.testing.assert_array_equal(same["b"].w, same["b"].a)
 
 
 def test_uniform_rows_take_the_nearest_candidate():
-    rows = joint.uniform_rows(LAYERS, (2, 3, 6), (2, 3, 6))
+    rows = row_policies.uniform_rows(LAYERS, (2, 3, 6), (2, 3, 6))
     assert rows["b"].w.tolist() == [2, 3, 6] and rows["a"].a.tolist() == [8, 8, 8]
     assert rows["d"].w.tolist() == [4, 4, 4] and rows["d"].a.tolist() == [4, 4, 4]
 
@@ -316,7 +316,7 @@ def test_batch_statistics_are_the_batches_own(net):
     quantized, variables = net
     policies = uniform(quantized)
     stats = jax.tree.map(lambda x: jnp.stack([x] * 3), {"batch_stats": variables["batch_stats"]})
-    found = joint.make_batch_statistics(quantized, TASK)(variables["params"], stats, policies, BATCH)
+    found = evaluation.make_batch_statistics(quantized, TASK)(variables["params"], stats, policies, BATCH)
     seen = {}
 
     def spy(call, lhs, rhs, value):
@@ -347,7 +347,7 @@ def test_golden_step(net):
     after, metrics = jax.jit(joint.make_step(quantized, TASK, optimizer, random=1))(
         state, BATCH, key, uniform(quantized)
     )
-    drawn = np.asarray(metrics["assignment"])[0]
+    drawn = np.asarray(metrics["policies"])[0]
     searched = [layer.path for layer in quantized.layers if layer.searched]
     random_policy = {ly.path: ly.bits for ly in quantized.layers if ly.bits}
     random_policy |= {path: Bits(int(w), int(a)) for path, (w, a) in zip(searched, drawn, strict=True)}

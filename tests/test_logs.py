@@ -20,7 +20,7 @@ def metrics(step):
     return {
         "losses": np.array([1 / (step + 1), step], np.float32),
         "gradient_norm": np.float32(step**2),
-        "assignment": np.zeros((1, 3, 2), np.int32),
+        "policies": np.zeros((1, 3, 2), np.int32),
     }
 
 

@@ -66,7 +66,7 @@ def test_two_processes_train_what_one_does_and_survive_a_kill(tmp_path):
     for kind in ("weight", "activation"):
         np.testing.assert_allclose(tables[0][kind], tables[1][kind], rtol=1e-4)
     rows = [np.load(run / "joint" / "random_rows.npz") for run in runs]
-    np.testing.assert_array_equal(rows[0]["assignment"], rows[1]["assignment"])
+    np.testing.assert_array_equal(rows[0]["policies"], rows[1]["policies"])
     np.testing.assert_allclose(rows[0]["loss"], rows[1]["loss"], rtol=1e-4)
 
 

@@ -76,8 +76,8 @@ def test_interrupted_and_resumed_is_the_same(place, monkeypatch):
     rows = [np.load(place / run / "joint" / "random_rows.npz") for run in ("run", "stopped")]
     for key in rows[0].files:
         np.testing.assert_array_equal(rows[0][key], rows[1][key])
-    assert rows[0]["step"].tolist() == [0, 1, 2, 3, 4, 5] and rows[0]["assignment"].shape == (6, 2, 2)
-    assert set(np.unique(rows[0]["assignment"])) <= {2, 3, 4}
+    assert rows[0]["step"].tolist() == [0, 1, 2, 3, 4, 5] and rows[0]["policies"].shape == (6, 2, 2)
+    assert set(np.unique(rows[0]["policies"])) <= {2, 3, 4}
 
 
 def test_search_and_finetune(place, capsys):
@@ -195,7 +195,7 @@ def test_paper_recipe_and_options_run(place, tmp_path):
     table = load_importance(Path(run) / "importance.json")
     assert np.isfinite(table.weight).all() and (table.weight > 0).all() and table.weight.shape == (2, 3)
     log = np.load(Path(run) / "joint" / "random_rows.npz")
-    np.testing.assert_array_equal(log["assignment"][..., 0], log["assignment"][..., 1])
+    np.testing.assert_array_equal(log["policies"][..., 0], log["policies"][..., 1])
     assert len(log["step"]) == 8
 
 
@@ -233,7 +233,7 @@ def test_cheaper_joint_training_stopped_and_resumed(place, monkeypatch):
         two, three, four = np.array(saved[kind]).T
         np.testing.assert_allclose(three, np.sqrt(two * four), rtol=1e-5)
     log = np.load(place / "cheaper" / "joint" / "random_rows.npz")
-    assert set(np.unique(log["assignment"])) == {2, 4} and log["uniform"].shape[1] == 2
+    assert set(np.unique(log["policies"])) == {2, 4} and log["uniform"].shape[1] == 2
     # Alpha is that of policies measured after training, each by itself here, on the same two batches.
     config = load_config(place / "cheaper")
     run = stages.open_run(config, place / "cheaper")
@@ -289,6 +289,29 @@ def test_a_log_is_read_under_the_name_that_policies_had(tmp_path):
     for name in ("new", "old"):
         for mine, kept in zip(log, load_rows(tmp_path / f"{name}.npz", layers), strict=True):
             np.testing.assert_array_equal(mine, kept)
+
+
+def test_a_log_is_gone_on_with_under_the_name_that_policies_had(tmp_path):
+    """Killed after step 4, its checkpoint of step 3: what was logged until then stays, in a file of today's names."""
+    rng = np.random.default_rng(2)
+    layers, steps = (Layer("a", 4, 4, True), Layer("b", 4, 4, True)), np.repeat(np.arange(6), 2).astype(np.int32)
+    policies, losses = rng.integers(2, 5, (12, 2, 2)), rng.random((12, 4)).astype(np.float32)
+    uniform = np.repeat(losses[::2, :3], 2, axis=0)
+    path = tmp_path / "random_rows.npz"
+    old = {"step": steps, "assignment": policies, "loss": losses[:, 3], "uniform": uniform}
+    np.savez(path, layers=np.array(["a", "b"]), **{name: values[:8] for name, values in old.items()})
+    log = stages.RowLogFile(path, 3, ["a", "b"])
+    log.load(3)
+    for i in range(3, 6):
+        both = slice(2 * i, 2 * i + 2)
+        log.add(i, {"policies": policies[both], "losses": np.concatenate([uniform[2 * i], losses[both, 3]])})
+    log.flush()
+    with np.load(path) as file:
+        assert set(file) == {"layers", "step", "policies", "loss", "uniform"}
+    for found in (log.log(), load_rows(path, layers)):
+        expected = (steps, policies, losses[:, 3], uniform.mean(-1))
+        for mine, given in zip(found, expected, strict=True):
+            np.testing.assert_allclose(mine, given, rtol=1e-6)
 
 
 def test_dropout_scan_and_no_batch_statistics(place, tmp_path):

@@ -14,7 +14,7 @@ from reference import quantizer_formulas as formulas
 
 import search
 import train
-from mpq_jax import Bits, Refusal, build, checkpoint, flax_seam, joint, optimizers, policy, stages
+from mpq_jax import Bits, Refusal, build, checkpoint, flax_seam, joint, optimizers, policy, row_policies, stages
 from mpq_jax import config as config_lib
 from mpq_jax.criteria.learned import learned
 from mpq_jax.numerics import decode
@@ -52,7 +52,7 @@ def calibrated(name):
 
 
 def uniform(quantized):
-    return joint.uniform_rows(quantized.layers, quantized.bit_widths, quantized.activation_bit_widths)
+    return row_policies.uniform_rows(quantized.layers, quantized.bit_widths, quantized.activation_bit_widths)
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

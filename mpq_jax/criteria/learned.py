@@ -35,14 +35,18 @@ def load_rows(path: str | Path, layers: Sequence[Layer]) -> RowLog:
     again = "make it again with: python train.py --config … --workdir …"
     try:
         with np.load(path) as file:
-            # What the policies were called in the files of earlier runs.
-            policies = file["policies" if "policies" in file else "assignment"]
+            policies = policies_in(file)
             names, step, loss, uniform = (file[name] for name in ("layers", "step", "loss", "uniform"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise Refusal(f"{path} cannot be read: {str(error).splitlines()[0]}; {again}") from None
     if names.tolist() != [layer.path for layer in layers if layer.searched]:
         raise Refusal(f"{path} is of other layers than this model's; {again}")
     return RowLog(step, policies, loss, uniform.mean(-1))
+
+
+def policies_in(file: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[N, L, 2]: the policies of a log of rows, under the name that they have, or had in the files of earlier runs."""
+    return file["policies" if "policies" in file else "assignment"]
 
 
 def save_rows(path: Path, layers: Sequence[Layer], log: RowLog) -> None:

@@ -60,7 +60,7 @@ def regression_pairwise(
 
 
 def decisions(model: QuantizedModel) -> list[Decision]:
-    """Weight bits of every searched layer, then activation bits of every group that `joint.random_rows` draws as one."""
+    """Weight bits of every searched layer, then activation bits of every group that `row_policies.random_rows` draws as one."""
     searched = [layer for layer in model.layers if layer.searched]
     found = [
         Decision((row,), "w", tuple(sorted(layer.candidates("weight", model.bit_widths))))

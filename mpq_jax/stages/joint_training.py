@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from mpq_jax import flax_seam, joint, logs, optimizers, processes
+from mpq_jax import flax_seam, joint, logs, optimizers, processes, row_policies
 from mpq_jax.config import Joint
 from mpq_jax.criteria.learned import RowLog
 from mpq_jax.fewer_widths import filled_in, trained_on
@@ -45,7 +45,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
     model = trained_on(run.model, settings.bit_widths) if settings.bit_widths else run.model
     steps = steps_of(settings, run)
     optimizer = joint_optimizer(model, settings, steps)
-    uniform = joint.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
+    uniform = row_policies.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
     widths = sorted({*model.bit_widths, *model.activation_bit_widths})
     names = row_names(model, settings)
     step = joint.make_step(

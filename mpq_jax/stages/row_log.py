@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import optax
 
-from mpq_jax import joint
-from mpq_jax.criteria.learned import RowLog
+from mpq_jax import joint, row_policies
+from mpq_jax.criteria.learned import RowLog, policies_in
 from mpq_jax.files import whole
 from mpq_jax.stages.run import Run, is_linen, train_batches
 from mpq_jax.tasks import random_streams
@@ -22,7 +22,10 @@ ALPHA_BATCHES, ALPHA_ROWS = 2, 8  # measured_rows: batches, and policies drawn t
 
 
 class RowLogFile:
-    """random_rows.npz: layers [L] paths; step [N], assignment [N, L, 2], loss [N] of the random rows, uniform [N, K]."""
+    """random_rows.npz: layers [L] paths; step [N], policies [N, L, 2], loss [N] of the random rows, uniform [N, K].
+
+    Files of earlier runs, whose policies have another name, are read and gone on with.
+    """
 
     def __init__(self, path: Path, widths: int, layers: list[str]):
         self.path, self.widths, self.layers = path, widths, layers
@@ -35,7 +38,8 @@ class RowLogFile:
             return
         try:
             with np.load(self.path) as file:
-                rows = {name: file[name] for name in ("step", "assignment", "loss", "uniform")}
+                rows = {name: file[name] for name in ("step", "loss", "uniform")}
+                rows["policies"] = policies_in(file)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise Refusal(f"{self.path} cannot be read ({error}); {self._again()}") from None
         keep = rows["step"] < step
@@ -47,12 +51,12 @@ class RowLogFile:
         return f"it cannot be made again without them: delete {self.path.parent} to start joint training again"
 
     def add(self, step: int, metrics: Mapping[str, np.ndarray]) -> None:
-        losses, assignment = metrics["losses"], metrics["assignment"]
-        rows = len(assignment)
+        losses, policies = metrics["losses"], metrics["policies"]
+        rows = len(policies)
         self.parts.append(
             {
                 "step": np.full(rows, step, np.int32),
-                "assignment": assignment.astype(np.int32),
+                "policies": policies.astype(np.int32),
                 "loss": losses[self.widths :],
                 "uniform": np.broadcast_to(losses[: self.widths], (rows, self.widths)),
             }
@@ -66,7 +70,7 @@ class RowLogFile:
     def _joined(self) -> dict[str, np.ndarray]:
         empty = {
             "step": np.zeros(0, np.int32),
-            "assignment": np.zeros((0, len(self.layers), 2), np.int32),
+            "policies": np.zeros((0, len(self.layers), 2), np.int32),
             "loss": np.zeros(0, np.float32),
             "uniform": np.zeros((0, self.widths), np.float32),
         }
@@ -75,7 +79,7 @@ class RowLogFile:
     def log(self) -> RowLog:
         """The log as the criteria take it."""
         joined = self._joined()
-        return RowLog(joined["step"], joined["assignment"], joined["loss"], joined["uniform"].mean(-1))
+        return RowLog(joined["step"], joined["policies"], joined["loss"], joined["uniform"].mean(-1))
 
 
 def measured_rows(run: Run, state: joint.TrainState, policies: int) -> RowLog:
@@ -97,14 +101,14 @@ def measured_rows(run: Run, state: joint.TrainState, policies: int) -> RowLog:
     batches = list(itertools.islice(train_batches(run, settings.batch_size, "alpha")(0), ALPHA_BATCHES))
     key = jax.random.fold_in(jax.random.key(run.config.seed), sum(map(ord, "alpha")))
     searched = [layer for layer in model.layers if layer.searched]
-    assignments, found = [], []
+    arrays, found = [], []
     for i in range(-(-policies // ALPHA_ROWS)):
-        drawn = joint.random_rows(
+        drawn = row_policies.random_rows(
             jax.random.fold_in(key, i), model.layers, model.bit_widths, model.activation_bit_widths, ALPHA_ROWS
         )
-        assignments.append(np.asarray(joint.assignment_array(drawn, searched)))
+        arrays.append(np.asarray(row_policies.policy_array(drawn, searched)))
         for row in range(ALPHA_ROWS):
             part = jax.tree.map(lambda bits, row=row: bits[row : row + 1], drawn)
             found.append(np.mean([losses(variables["params"], rows, part, batch) for batch in batches], axis=0))
     loss = np.concatenate(found)
-    return RowLog(np.zeros(len(loss), np.int32), np.concatenate(assignments), loss, np.zeros_like(loss))
+    return RowLog(np.zeros(len(loss), np.int32), np.concatenate(arrays), loss, np.zeros_like(loss))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mpq_jax import build, data, joint, logs, parallel, processes
+from mpq_jax import build, data, evaluation, logs, parallel, processes
 from mpq_jax.config import Config, Finetune, Joint, Pretrain
 from mpq_jax.fewer_widths import trained_on
 from mpq_jax.float_model import FloatModel
@@ -62,8 +62,8 @@ def open_run(config: Config, workdir: Path) -> Run:
         source,
         model,
         variables,
-        statistics=parallel.compiled(joint.make_batch_statistics(model, task, dropout=is_linen(model)), layout),
-        evaluate=parallel.compiled(joint.make_evaluate(model, task), layout),
+        statistics=parallel.compiled(evaluation.make_batch_statistics(model, task, dropout=is_linen(model)), layout),
+        evaluate=parallel.compiled(evaluation.make_evaluate(model, task), layout),
         sinks=sinks,
         layout=layout,
     )

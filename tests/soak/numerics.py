@@ -19,7 +19,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from criteria_nets import Net, batches, calibrated, start  # noqa: E402
 
-from mpq_jax import flax_seam, joint, optimizers, stages  # noqa: E402
+from mpq_jax import flax_seam, joint, optimizers, row_policies, stages  # noqa: E402
 from mpq_jax.config import Joint  # noqa: E402
 from mpq_jax.quantized_model import quantize  # noqa: E402
 from mpq_jax.quantizers import QUANTIZERS  # noqa: E402
@@ -62,7 +62,7 @@ def trainer(learner: str, recipe: str, steps: int):
         error_weight=settings.error_weight,
         error_steps=settings.error_steps,
     )
-    fixed = joint.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
+    fixed = row_policies.uniform_rows(model.layers, model.bit_widths, model.activation_bit_widths)
     trained = sorted(optimizers.quantizer_leaves(model, "leaves"))
     watched = trained or sorted(optimizers.quantizer_leaves(model, "state"))
 

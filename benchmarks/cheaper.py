@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.proof import NETS, Bench, Settings, measured, open_bench
 from benchmarks.proof_lines import BUDGETS, LEVELS, Lines, as_lists, as_policy, digest
+from benchmarks.proof_run import NETS, Bench, Settings, measured, open_bench
 from mpq_jax import command_line, costs, importance, joint, stages
 from mpq_jax import config as config_lib
 from mpq_jax.criteria.learned import RowLog, fit_alpha, learned

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import proof, proof_cheaper, proof_document, proof_lines, proof_statistics
+from benchmarks import proof_cheaper, proof_contest, proof_document, proof_lines, proof_statistics, proof_tables
 from mpq_jax import build, config, costs
 from mpq_jax.types import Bits, Importance, Layer
 
@@ -79,7 +79,7 @@ def test_uniform_policies_that_no_other_has_all_bits_of(text):
     largest = {
         (w, a) for w, a in fitting if not fitting & {(v, b) for v, b in policies if v >= w and b >= a} - {(w, a)}
     }
-    assert proof.uniforms(TABLE, budgets) == {f"uniform W{w}A{a}": policies[w, a] for w, a in largest}
+    assert proof_contest.uniforms(TABLE, budgets) == {f"uniform W{w}A{a}": policies[w, a] for w, a in largest}
 
 
 def test_policies_survive_a_line(tmp_path):
@@ -109,7 +109,7 @@ def test_the_sampled_table_finds_additive_harm(tmp_path):
     log = (weight[rows, policies[..., 0] - 2] + activation[rows, policies[..., 1] - 2]).sum(1)
     lines = proof_lines.Lines(tmp_path / "lines.jsonl")
     lines.add("samples W3A3", policies=policies.tolist(), loss=np.ones(600).tolist(), divergence=np.exp(log).tolist())
-    table = proof.sampled_table(model, (), lines, "sampled", "W3A4")
+    table = proof_tables.sampled_table(model, (), lines, "sampled", "W3A4")
     assert table.weight is not None
     np.testing.assert_allclose(table.weight, weight - weight[:, -1:], atol=0.02)
 

@@ -1,0 +1,104 @@
+"""The proof's stages in which contestants choose a policy at every budget, and are fine-tuned alike."""
+
+import itertools
+import time
+from collections.abc import Sequence
+
+from benchmarks.proof_lines import as_lists, as_policy, digest
+from benchmarks.proof_run import SAMPLED, SEARCHES, Bench, held, restated, scores, tuner
+from benchmarks.proof_tables import pairs_of, sampled_table
+from mpq_jax import costs, data, importance, stages
+from mpq_jax.criteria import CRITERIA, files
+from mpq_jax.search import methods, random_policies, run, solve
+from mpq_jax.search.others import fits, uniform_policies
+from mpq_jax.types import Bits, Budget, Importance
+
+
+def search(bench: Bench) -> None:
+    """What the searches that measure policies choose."""
+    for name, method in itertools.product(bench.settings.budgets, SEARCHES):
+        if f"chosen {name} {method}" in bench.lines:
+            continue
+        table, budgets = bench.budgets(name)
+        mine = [word for word in bench.settings.search if word.startswith(f"--{method}.")]
+        began = time.perf_counter()
+        solution, _, _ = run.find(
+            method, bench.workdir, table, budgets, methods.settings(method, mine), seed=bench.seed
+        )
+        bench.lines.add(
+            f"chosen {name} {method}",
+            policy=as_lists([solution.policy], table)[0],
+            seconds=time.perf_counter() - began,
+            used=costs.used(budgets[0], solution.policy, table) / budgets[0].limit,
+        )
+
+
+def uniforms(table: Importance, budgets: Sequence[Budget]) -> dict[str, dict[str, Bits]]:
+    """{"uniform W2A3": policy, ...}: the uniform policies that fit and that no other one that fits has all the bits of.
+
+    The best of them, by its validation loss after fine-tuning, is what everyone else has to beat.
+    """
+    searched = [layer.path for layer in table.layers if layer.searched]
+    fitting = {each[searched[0]]: each for _, each in uniform_policies(table) if fits(each, budgets, table)}
+    return {
+        f"uniform W{w}A{a}": fitting[w, a]
+        for w, a in fitting
+        if not any((v, b) != (w, a) and v >= w and b >= a for v, b in fitting)
+    }
+
+
+def chosen(bench: Bench, budget: str, name: str) -> list[list[int]]:
+    """The policy of one contestant."""
+    key = f"chosen {budget} {name}"
+    if key in bench.lines:
+        return bench.lines[key]["policy"]
+    table, budgets = bench.budgets(budget)
+    if name.startswith("uniform"):
+        choice = uniforms(table, budgets)[name]
+    elif name == "random":
+        choice = random_policies(table, budgets, 1, seed=bench.seed)[0]
+    else:
+        if name in SAMPLED:
+            pairs = pairs_of(bench.run.model, bench.run.variables, bench.run.example())
+            own = sampled_table(bench.run.model, pairs, bench.lines, name, budget)
+        else:
+            own, _ = importance.repair(importance.load_importance(files.path_of(bench.workdir, name)))
+        choice = solve(own._replace(rules=table.rules), budgets).policy
+    used = costs.used(budgets[0], choice, table) / budgets[0].limit
+    return bench.lines.add(key, policy=as_lists([choice], table)[0], used=used)["policy"]
+
+
+def accuracy(bench: Bench) -> None:
+    """Every contestant, fine-tuned. Policies that two contestants agree on are fine-tuned once."""
+    test = held(data.eval_batches(bench.run.dataset, "test", bench.run.config.eval_batch_size))
+    if "float" not in bench.lines:
+        rows = stages.rows_of(bench.float_variables, 1)
+        found = [bench.run.evaluate(bench.float_variables["params"], rows, None, batch) for batch in test]
+        right, count = sum(int(one[1][0]) for one in found), sum(int(one[2]) for one in found)
+        bench.lines.add("float", test_accuracy=right / count)
+    tuned = tuner(bench, bench.settings.finetune_steps)
+    # Those that the main question is about first.
+    asked = bench.settings.budgets
+    tasks = [(budget, name) for budget in asked for name in uniforms(*bench.budgets(budget))]
+    for budget, name in (*tasks, *itertools.product(asked, bench.settings.contestants)):
+        made = name in (*SAMPLED, "random") or name.startswith("uniform")
+        made = made or (name in CRITERIA and files.path_of(bench.workdir, name).exists())
+        if not made and f"chosen {budget} {name}" not in bench.lines:
+            continue
+        bits = chosen(bench, budget, name)
+        key = f"finetuned {digest(bits)}"
+        if key in bench.lines:
+            continue
+        each = as_policy(bits, bench.table)
+        variables = tuned(each)
+        rows, stacked = restated(bench, variables, [each])
+        validation, tested = (scores(bench, variables, rows, stacked, batches) for batches in (bench.validation, test))
+        bench.lines.add(
+            key,
+            steps=bench.settings.finetune_steps,
+            loss=validation["loss"][0],
+            accuracy=validation["accuracy"][0],
+            test_loss=tested["loss"][0],
+            test_accuracy=tested["accuracy"][0],
+        )
+        print(f"{bench.net} seed {bench.seed}: {budget} {name} {tested['accuracy'][0]:.4f}", flush=True)

@@ -227,7 +227,11 @@ TESTED_IN = {
     "test_costs.py": "layer_costs",
     "test_parallel.py": "processes",
     "test_export_graph.py": "export/encoding",
-    "test_pipeline.py": "commands/train criteria/learned",
+    "test_config.py": "command_line",
+    "test_joint.py": "row_policies evaluation",
+    "test_pipeline.py": "commands/train criteria/learned stages/run stages/float_training stages/joint_training stages/row_log "
+    "stages/evaluation stages/fine_tuning stages/finished",
+    "test_stages.py": "stages/loop",
     "test_search_command.py": "commands/search commands/search_options report/searched",
     "test_export_command.py": "commands/export export/checks",
     "test_criteria_files.py": "criteria/compute",

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BATCH, SAMPLES, WIDTHS = 48, 96, (2, 3, 4, 5, 6)
-PERMUTED = 4
+PERMUTED = 8
 
 
 class Job(NamedTuple):

@@ -122,9 +122,12 @@ def trial(place: Path, kind: str, count: int, steps: int, rng: random.Random, co
 def stopped(place: Path, pids: list[int]) -> list[str]:
     """Waits for all processes of a run of which one got SIGTERM. -> what is wrong with how they ended"""
     codes = [runs.ended(pid, WITHIN) for pid in pids]
-    lines = {said(place, i).strip().splitlines()[-1] for i in range(len(pids))}
-    line = min(lines)
-    if any(code != 0 for code in codes) or len(lines) > 1 or not line.startswith("stopped by SIGTERM: step "):
+    # Anywhere in the text: what process 0 has for standard output may come after it.
+    lines = {
+        tuple(line for line in said(place, i).splitlines() if line.startswith("stopped by SIGTERM: step "))
+        for i in range(len(pids))
+    }
+    if any(code != 0 for code in codes) or len(lines) > 1 or not all(lines):
         return [f"exit codes {codes}: {sorted(lines)}"]
     return []
 

@@ -5,6 +5,7 @@ can be killed, without the seconds that imports take.
 """
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -231,6 +232,7 @@ def arrays(checkpoint: Path) -> dict[str, np.ndarray]:
     import jax
     import orbax.checkpoint as ocp
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # of metadata that a checkpoint of one item does not have
     with ocp.PyTreeCheckpointer() as checkpointer:
         held = checkpointer.metadata(checkpoint / "default").item_metadata.tree
         # As NumPy arrays: the checkpoint may be of more processes than read it.

@@ -169,6 +169,8 @@ class Logs:
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
+    """How a run is spread over devices and processes; of no consequence for what comes out but rounding. See parallel.py."""
+
     data: int = 1  # devices that share a batch; 0: all that row leaves
     row: int = 1  # devices that share the rows of joint training
     fsdp: bool = False  # parameters and optimizer split over data, not copied

@@ -14,6 +14,7 @@ from mpq_jax.types import Refusal
 
 
 def is_factory(name: str) -> bool:
+    """Whether a name is of the form module:function, not that of something that comes with the package."""
     return ":" in name
 
 

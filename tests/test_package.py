@@ -263,3 +263,13 @@ def test_every_module_has_its_tests():
     assert set(elsewhere) <= modules and set(TESTED_IN) <= tests
     own = {m for m in modules if {f"test_{m.replace('/', '_')}.py", f"test_{Path(m).name}.py"} & tests}
     assert modules - own - set(elsewhere) == set()
+
+
+def test_every_public_name_says_what_it_is():
+    """Modules, functions and classes without an underscore have docstrings."""
+    silent = []
+    for path in (ROOT / "mpq_jax").rglob("*.py"):
+        module = ast.parse(path.read_text())
+        named = [n for n in module.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != "_"]
+        silent += [f"{path.name}:{getattr(n, 'name', '')}" for n in (module, *named) if not ast.get_docstring(n)]
+    assert not silent

@@ -54,6 +54,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 @command_line.command
 def main(argv: Sequence[str] | None = None) -> int:
+    """export.py: writes a fine-tuned run's files, or with --evaluate measures such a file. -> exit code"""
     arguments, overrides = parse(argv)
     if arguments.evaluate is not None:
         free = ("--data.", "--model.name")

@@ -269,6 +269,7 @@ def answer_check(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    """search.py: searches, or with --describe or --check answers without a search. -> exit code"""
     arguments, rest = parse(argv)
     if arguments.describe:
         answer_describe(arguments, rest)

@@ -24,6 +24,7 @@ from mpq_jax.types import Refusal
 
 
 def make_parser() -> Parser:
+    """The options of search.py."""
     parser = Parser("search.py", __doc__)
     add = parser.add_argument
     add(

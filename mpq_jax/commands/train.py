@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace, config: config_lib.Config) -> None:
 
 @command_line.command
 def main(argv: Sequence[str] | None = None) -> int:
+    """train.py: float and joint training, or with --policy fine-tuning. -> exit code"""
     arguments, config = parse(argv)
     finetuning = arguments.policy is not None
     workdir.check_place(arguments.workdir, finetuning)

@@ -79,6 +79,7 @@ def open_own(
 
 
 def count_of(examples: Any) -> int:
+    """How many examples there are: arrays in a mapping [N, ...], or a sequence."""
     return len(next(iter(examples.values()))) if isinstance(examples, Mapping) else len(examples)
 
 

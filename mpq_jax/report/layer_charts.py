@@ -39,6 +39,8 @@ class Layers(NamedTuple):
 
 
 class Bar(NamedTuple):
+    """A rectangle, in percent of the chart across and in its own units down."""
+
     x: float
     width: float
     y: float
@@ -56,6 +58,8 @@ class Column(NamedTuple):
 
 
 class Panel(NamedTuple):
+    """The part of a chart between two heights, with the ticks of its own axis."""
+
     name: str
     top: float
     bottom: float
@@ -86,6 +90,9 @@ class Cell(NamedTuple):
 
 
 class HeatPanel(NamedTuple):
+    """The heat map of one kind, between two heights. legend: the texts under
+    its colour bar, from least to most. note: what else is to be known."""
+
     name: str
     top: float
     bottom: float
@@ -108,6 +115,7 @@ class HeatMap(NamedTuple):
 
 
 def layer_axis(layers: Sequence[Layer]) -> Layers:
+    """The axis of layers: numbers, thinned out where there are many, and bands of layers whose paths begin alike."""
     count = len(layers)
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, count) if count / step <= 12 or step == count)
     shown = [1, *range(step, count + 1, step)] if step > 1 else range(1, count + 1)

@@ -50,6 +50,8 @@ class Row(NamedTuple):
 
 
 class LayerRow(NamedTuple):
+    """A line of the table of layers, as text. bits: of each policy. part: percent of the mixed policy's BitOps."""
+
     path: str
     fixed: bool
     params: str
@@ -67,6 +69,8 @@ class ImportanceRow(NamedTuple):
 
 
 class ImportanceTable(NamedTuple):
+    """The importance of one kind ("weight", "activation") as text: a row a layer, a column a width."""
+
     kind: str
     widths: tuple[int, ...]
     rows: tuple[ImportanceRow, ...]

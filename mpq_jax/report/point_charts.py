@@ -50,6 +50,8 @@ class Line(NamedTuple):
 
 
 class AccuracyChart(NamedTuple):
+    """Test accuracy of each contestant, a line each; across: the axis of accuracies."""
+
     height: float
     lines: tuple[Line, ...]
     across: tuple[Tick, ...]

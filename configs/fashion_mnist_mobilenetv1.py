@@ -1,7 +1,11 @@
-"""Fashion-MNIST, MobileNetV1 of width 0.25, strides for small images.
+"""Fashion-MNIST, MobileNetV1 of width 0.25, strides for small images. About 13 minutes on two cores with other jobs running.
+
+Test accuracy, seed 0: float 89.66, mixed at W3A3-level BitOps 88.71 % (uniform and random ones of the same BitOps: docs/results.md).
 
 python train.py  --config configs/fashion_mnist_mobilenetv1.py --workdir runs/fashion_mobilenetv1
 python search.py --workdir runs/fashion_mobilenetv1 --budget bitops=W3A3
+python train.py  --config configs/fashion_mnist_mobilenetv1.py --workdir runs/fashion_mobilenetv1 \\
+    --policy runs/fashion_mobilenetv1/policy.json --finetune.compare false
 """
 
 from mpq_jax.config import Config, Data, Finetune, Joint, Model, Pretrain

@@ -86,6 +86,7 @@ def forward(at: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
 
 def input_gradient(at: Geometry, image: Pair, dy: jax.Array, k: jax.Array) -> jax.Array:
     """dx [B, H, W, I]; image: (H, W)."""
+    dy, k = _alike(dy, k)
     around: Any = [
         (size - 1 - low, n + low - 1 - (out - 1) * stride)
         for n, out, size, stride, (low, _) in zip(image, dy.shape[1:3], k.shape, at.strides, at.padding, strict=False)
@@ -149,9 +150,15 @@ def _convolution(
 
 def _product(a: jax.Array, b: jax.Array, at: Geometry) -> jax.Array:
     """[..., I] x [..., O] -> [I, O], summed over all else, in float32 at least."""
-    a, b = (each.reshape(-1, each.shape[-1]) for each in (a, b))  # as matrices, which XLA multiplies faster
+    a, b = (each.reshape(-1, each.shape[-1]) for each in _alike(a, b))  # as matrices, which XLA multiplies faster
     dtype = jnp.promote_types(a.dtype, jnp.float32)
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=at.precision, preferred_element_type=dtype)
+
+
+def _alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both in the wider of their types: a gradient is wider than what it is multiplied with under preferred_element_type."""
+    dtype = jnp.promote_types(a.dtype, b.dtype)
+    return a.astype(dtype), b.astype(dtype)
 
 
 def _summed(
@@ -160,7 +167,7 @@ def _summed(
     """`function` of a few samples at a time, summed; elements: that it copies for one. At least `least` samples."""
     batch = x.shape[0]
     most = max(least, limit // max(elements * x.dtype.itemsize, 1))
-    samples = max(n for n in range(1, batch + 1) if batch % n == 0 and (n <= most))
+    samples = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
     if samples == batch:
         return function(x, dy).astype(x.dtype)
     parts = tuple(each.reshape(-1, samples, *each.shape[1:]) for each in (x, dy))
@@ -175,10 +182,10 @@ def _summed(
 def depthwise(at: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
     """y[b, p, c] = sum over i of x[b, s p + i, c] k[i, 0, c], as a sum of shifted products: [B, oh, ow, C]."""
     height, width = k.shape[:2]
-    x = at.padded(x)
+    x = at.padded(x).astype(at.dtype or x.dtype)
     size = tuple((n - m) // s + 1 for n, m, s in zip(x.shape[1:3], k.shape, at.strides, strict=False))
     products = (at.seen(x, i, j, size) * k[i, j, 0] for i in range(height) for j in range(width))
-    return functools.reduce(jnp.add, products).astype(at.dtype or x.dtype)
+    return functools.reduce(jnp.add, products)
 
 
 def depthwise_filter_gradient(at: Geometry, kernel: Pair, x: jax.Array, dy: jax.Array) -> jax.Array:

@@ -85,6 +85,25 @@ def test_rows_equal_plain(case, batched):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["3x3", "image smaller than its kernel", "1x1 stride 2", "depthwise", "grouped"])
+def test_products_summed_in_a_wider_type(case):
+    """bfloat16 operands, float32 results: gradients have the operands' type, and equal those of JAX's own operation."""
+    primitive, params, lhs_shape, rhs_shape = CASES[case]
+    params = {**params, "preferred_element_type": jnp.float32}
+    rng = np.random.default_rng(5)
+    lhs, rhs = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in (lhs_shape, rhs_shape))
+
+    def gradients(kernels):
+        def loss(lhs, rhs):
+            return jnp.sin(ops.contract(primitive, params, kernels)(lhs, rhs)).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(lhs, rhs)
+
+    for mine, theirs in zip(gradients("rows"), gradients("plain"), strict=True):
+        assert mine.dtype == theirs.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(mine), np.float32(theirs), rtol=3e-2, atol=3e-2)
+
+
 @pytest.mark.parametrize("case", ["3x3", "3x3 of few channels", "stride leaves rows over", "depthwise stride 2"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_filter_gradients_of_a_few_samples_at_a_time(case, dtype, monkeypatch):

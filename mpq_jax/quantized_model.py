@@ -290,12 +290,21 @@ def _calibrating(specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> Handle
 def _with_leaves(
     specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Variables, taps: Taps
 ) -> dict[str, Any]:
-    """The variables with the tapped start values beside their parameters; several calls of a layer are averaged."""
+    """The variables with the tapped start values beside their parameters; several calls of a layer are averaged.
+
+    Raises Refusal for start values an output channel where the calls of one weight have other channels each.
+    """
     flat = flax_seam.flatten(variables["params"])
     for leaf, spec in specs.items():
         calls = [tap for (tapped, _), tap in taps.items() if tapped == leaf]
         for kind in spec.names if calls else ():
             for name, path in leaf_paths(spec, quantizer, kind).items():
                 each = [call[kind][name].mean(axis=spec.shared) if spec.shared else call[kind][name] for call in calls]
+                if len({value.shape for value in each}) > 1:
+                    raise Refusal(
+                        f"the {kind} of layer {spec.paths[0]!r} is used in several products with output channels of "
+                        f"their own ({', '.join(str(value.shape[-1]) for value in each)}), so that it has no {name} a "
+                        "channel; take a quantizer with one for all (per_channel=False), or leave the layer in float by a rule"
+                    )
                 flat[path] = sum(each) / len(each)
     return {**variables, "params": flax_seam.unflatten(flat)}

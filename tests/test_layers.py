@@ -14,6 +14,7 @@ from layer_nets import Net
 from mpq_jax import Bits, Refusal
 from mpq_jax.layers import check_widths, choice_of
 from mpq_jax.quantized_model import quantize
+from mpq_jax.quantizers import lsq
 from mpq_jax.rules import Candidates
 
 IMAGES = jax.ShapeDtypeStruct((2, 6, 6, 2), jnp.float32)
@@ -107,6 +108,11 @@ def test_names_and_channels_where_a_module_has_several_parameters():
     shapes = jax.eval_shape(lambda x: quantized.calibrate(Twice().init(jax.random.key(0), x), x), ROWS)
     with pytest.raises(Refusal, match="'w' has no one number of output channels"):
         quantized.apply(shapes, {path: Bits((4,) * 7, 4) for path in table}, ROWS)
+    per_channel = quantize(Twice(), ROWS, ends=None, quantizer=lsq(per_channel=True))
+    with pytest.raises(
+        Refusal, match=r"layer 'w' is used in several products with .* \(7, 4\).*no step_size a channel"
+    ):
+        jax.eval_shape(lambda x: per_channel.calibrate(Twice().init(jax.random.key(0), x), x), ROWS)
     overridden = quantize(Twice(), ROWS, ends=None, signed=[("down", True), ("up", False)])
     assert (overridden.specs["two/down"].signed, overridden.specs["two/up"].signed) == (True, False)
 

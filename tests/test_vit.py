@@ -19,8 +19,8 @@ def _shapes(model: Any, image: tuple[int, ...]) -> Any:
 
 
 def _key(seed: int = 0) -> jax.Array:
-    """A key of the generator that compiles five times faster than the default."""
-    return jax.random.key(seed, impl="rbg")
+    """A key of the generator that compiles fastest: "rbg" splits keys, as each scan does, by the default generator."""
+    return jax.random.key(seed, impl="unsafe_rbg")
 
 
 def _flat(tree: Any) -> dict[str, Any]:

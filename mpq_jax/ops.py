@@ -49,11 +49,12 @@ def contract(primitive: str, params: dict[str, Any], kernels: Kernels = "rows") 
 
     def convolution(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         at = cpu_convolution.geometry(params, lhs, rhs)
-        if at is not None and cpu_convolution.is_depthwise(params, lhs, rhs):
-            return (_depthwise_by_rows(at) if kernels == "rows" else functools.partial(cpu_convolution.depthwise, at))(
-                lhs, rhs
-            )
-        if at is not None and params["feature_group_count"] == 1 and kernels == "rows":
+        if at is None:
+            return product(lhs, rhs)
+        if cpu_convolution.is_depthwise(params, lhs, rhs):
+            one = _depthwise_by_rows(at) if kernels == "rows" else functools.partial(cpu_convolution.depthwise, at)
+            return one(lhs, rhs)
+        if params["feature_group_count"] == 1 and kernels == "rows":
             return _convolution_by_rows(at)(lhs, rhs)
         return product(lhs, rhs)
 

@@ -8,15 +8,14 @@ one of `train.py`: six rows, weights still, error term. Without data: shapes are
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.timing import interleaved, medians
 from mpq_jax import joint, models, optimizers, row_policies, stages
 from mpq_jax.config import Joint
 from mpq_jax.quantized_model import quantize
@@ -70,17 +69,12 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     for name in arguments.models:
         steps = contestants(name)
-        times: dict[str, list[float]] = {each: [] for each in steps}
-        for _ in range(arguments.repeats):
-            for each, run in steps.items():
-                began = time.perf_counter()
-                run()
-                times[each].append(time.perf_counter() - began)
-        medians = {each: float(np.median(t)) for each, t in times.items()}
+        times = interleaved(steps, arguments.repeats)
+        middle = medians(times)
         print(f"{name}, jax {jax.__version__}, {jax.default_backend()}")
         for each, t in times.items():
-            print(f"  {each} step: {medians[each]:.1f} s ({min(t):.1f} to {max(t):.1f})")
-        print(f"  joint / float: {medians['joint'] / medians['float']:.2f}", flush=True)
+            print(f"  {each} step: {middle[each]:.1f} s ({min(t):.1f} to {max(t):.1f})")
+        print(f"  joint / float: {middle['joint'] / middle['float']:.2f}", flush=True)
 
 
 if __name__ == "__main__":

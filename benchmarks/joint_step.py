@@ -22,6 +22,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.timing import timed
 from mpq_jax import joint, models, optimizers, row_policies
 from mpq_jax.quantized_model import quantize
 
@@ -42,12 +43,6 @@ def planned(memory: Any) -> int:
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
-
-
-def timed(function, *arguments) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - began
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ interleaved repetitions; nothing else should run meanwhile.
 import argparse
 import functools
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -21,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.timing import interleaved, medians, timed
 from benchmarks.torch_peer import Net, float_step, joint_step
 from mpq_jax import flax_seam, joint, models, optimizers, row_policies
 from mpq_jax.quantized_model import quantize
@@ -38,12 +38,6 @@ NETS = {
     ),
     "resnet18": ({}, 64, 3, [1, 1, 2, 1, 2, 1, 2, 1], 2, True),
 }
-
-
-def timed(function) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - began
 
 
 def contestants(name: str, batch_size: int):
@@ -105,15 +99,12 @@ def main() -> None:
         steps, apart = contestants(name, arguments.batch)
         for step in steps.values():
             timed(step)
-        times = {each: [] for each in steps}
-        for _ in range(arguments.repeats):
-            for each, step in steps.items():
-                times[each].append(timed(step))
-        medians = {each: float(np.median(t)) for each, t in times.items()}
+        times = interleaved(steps, arguments.repeats)
+        middle = medians(times)
         print(f"{name}, batch {arguments.batch}: losses of uniform rows apart by {apart:.1e} at most")
         for each, t in times.items():
-            print(f"  {each:22} {1e3 * medians[each]:8.1f} ms ({1e3 * min(t):.1f} to {1e3 * max(t):.1f})")
-        print(f"  PyTorch / ours: {medians['joint, PyTorch'] / medians['joint, ours']:.2f}", flush=True)
+            print(f"  {each:22} {1e3 * middle[each]:8.1f} ms ({1e3 * min(t):.1f} to {1e3 * max(t):.1f})")
+        print(f"  PyTorch / ours: {middle['joint, PyTorch'] / middle['joint, ours']:.2f}", flush=True)
 
 
 if __name__ == "__main__":

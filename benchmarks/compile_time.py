@@ -38,6 +38,7 @@ def contestants(name: str):
     uniform = row_policies.uniform_rows(quantized.layers, quantized.bit_widths, quantized.bit_widths)
     key = jax.eval_shape(lambda: jax.random.key(0))
     sgd, adam = optimizers.sgd(0.01, 0.9, 1e-4), stages.joint_optimizer(quantized, Joint(), 300)
+    step_sizes = optimizers.quantizer_leaves(quantized, "leaves")
 
     def initial(images):
         return model.init(jax.random.key(0), images[:1], train=False)
@@ -57,7 +58,7 @@ def contestants(name: str):
 
     return {
         "float": compiled(sgd, lambda images: joint.init_state(initial(images), sgd, 1), None),
-        "joint": compiled(adam, calibrated, uniform, random=1, error_weight=1.0, rows_at_a_time=1),
+        "joint": compiled(adam, calibrated, uniform, random=1, error_weight=1.0, rows_at_a_time=1, trained=step_sizes),
     }
 
 

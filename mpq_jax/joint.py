@@ -4,7 +4,7 @@ Float training is a stack of one row without bits, fine-tuning a stack of one po
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import optax
 
 from mpq_jax import flax_seam, parallel
 from mpq_jax.operands import with_state
-from mpq_jax.row_policies import concatenate, policy_array, random_rows
+from mpq_jax.row_policies import as_rows, concatenate, random_bits
 from mpq_jax.tasks import Batch, Task, logits_of, random_streams
 from mpq_jax.tasks import classification as classification  # also known by this name
 from mpq_jax.types import Bits, QuantizedModel, Refusal
@@ -212,6 +212,7 @@ def make_step(
     average: float = 0.0,
     dropout: bool = False,
     sliced: bool = False,
+    trained: Collection[str] | None = None,
     layout: parallel.Layout | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """step(state, batch, key, fixed) -> (state, {"losses": [P], "policies": int32 [R, L, 2], "gradient_norm": []}).
@@ -228,31 +229,40 @@ def make_step(
     average: decay of the moving average of the parameters (0: none).
     dropout: give the model the task's random streams each step (Linen; an NNX model carries its own).
     sliced: every row sees a slice of the batch (`slices`), no sample twice: a step costs one pass in place of P.
+    trained: paths of the parameters that have gradients, "gradient_norm" being theirs; None: all, and the rows' affine
+        copies. Of the others `optimizer` is told that their gradients are 0, without working them out.
     layout: of many devices; see parallel.py.
     The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
     """
 
     loss = functools.partial(joint_loss, model, task, distill=distill, error_weight=error_weight, layout=layout)
     in_place = distill is not None and distill.teacher != "given"
-    gradients = _make_gradients(loss, error_steps if error_weight else 0, rows_at_a_time, in_place)
+    gradients = _make_gradients(loss, error_steps if error_weight else 0, rows_at_a_time, in_place, trained)
     gradients = parallel.by_rows(gradients, layout)
-    searched = [layer for layer in model.layers if layer.searched]
     widths = model.bit_widths, model.activation_bit_widths
 
     def step(state: TrainState, batch: Batch, key: jax.Array, fixed: Mapping[str, Bits] | None = None):
         key_rows, key_dropout = jax.random.split(jax.random.fold_in(key, state.step))
         policies, metrics = fixed, {}
         if random:
-            drawn = random_rows(key_rows, model.layers, *widths, random, same_bits)
+            metrics["policies"] = random_bits(key_rows, model.layers, *widths, random, same_bits)
+            drawn = as_rows(metrics["policies"], model.layers)
             policies = concatenate(fixed, drawn) if fixed is not None else drawn
-            metrics["policies"] = policy_array(drawn, searched)
         rngs = random_streams(task, key_dropout) if dropout else None
         own = slices(batch, state.rows["index"].shape[0]) if sliced else None
         grads, losses, stats, moved = gradients(state, policies, own, None if sliced else batch, rngs)
-        state = _moved_on(state, optimizer, grads, stats, moved, average)
-        return state, metrics | {"losses": losses, "gradient_norm": optax.global_norm(grads)}
+        metrics |= {"losses": losses, "gradient_norm": optax.global_norm(grads)}
+        if trained is not None:
+            grads = _with_zeros(grads, state)
+        return _moved_on(state, optimizer, grads, stats, moved, average), metrics
 
     return step if layout is None else parallel.laid_out(step, layout)
+
+
+def _with_zeros(grads, state: TrainState):
+    """Gradients of all parameters and affine copies, zeros where `grads`, of some of the parameters, has none."""
+    params = {path: grads[0].get(path, jnp.zeros_like(leaf)) for path, leaf in flax_seam.flatten(state.params).items()}
+    return flax_seam.unflatten(params), jax.tree.map(jnp.zeros_like, state.rows["affine"])
 
 
 def _moved_on(state: TrainState, optimizer: optax.GradientTransformation, grads, stats, moved, average: float):
@@ -266,10 +276,13 @@ def _moved_on(state: TrainState, optimizer: optax.GradientTransformation, grads,
     return TrainState(params, rows, optimizer_state, averaged, state.step + 1)
 
 
-def _make_gradients(loss: Callable[..., Any], error_steps: int, rows_at_a_time: int, in_place: bool):
+def _make_gradients(
+    loss: Callable[..., Any], error_steps: int, rows_at_a_time: int, in_place: bool, trained: Collection[str] | None
+):
     """gradients(state, policies, own, batch, rngs) -> as `_accumulated`. own: the rows' own samples, or None and a batch.
 
     loss: joint_loss, of a model. error_steps: without the task's gradients. in_place: one row teaches the others.
+    trained: as in make_step; the gradients are then {path: gradient} and {}.
     """
 
     def gradients(state: TrainState, policies, own, batch, rngs):
@@ -281,42 +294,48 @@ def _make_gradients(loss: Callable[..., Any], error_steps: int, rows_at_a_time: 
             )
         task_weight = jnp.where(state.step < error_steps, 0.0, 1.0) if error_steps else 1.0
 
-        def of(trained, rows, policies, own):
-            params, affine = trained
-            rows = {**rows, "affine": affine}
+        flat = {} if trained is None else flax_seam.flatten(state.params)
+        affine = state.rows["affine"] if trained is None else {}
+        shared = state.params if trained is None else {path: flat[path] for path in trained}
+
+        def of(moving, rows, policies, own):
+            shared, affine = moving
+            params = shared if trained is None else flax_seam.unflatten({**flat, **shared})
+            rows = {**rows, "affine": {**rows["affine"], **affine}}
             samples = batch if own is None else own
             return loss(params, rows, policies, samples, rngs=rngs, task_weight=task_weight, sliced=own is not None)
 
-        return _accumulated(of, state, policies, own, rows_at_a_time)
+        return _accumulated(of, (shared, affine), state.rows, policies, own, rows_at_a_time)
 
     return gradients
 
 
-def _accumulated(loss, state: TrainState, policies, own, rows_at_a_time: int):
+def _accumulated(loss, moving, rows, policies, own, rows_at_a_time: int):
     """Gradients of all rows at once, or of a few rows at a time, summed. own: the rows' own samples [P, ...], or None.
 
+    moving: (parameters that all rows share, each row's own [P, ...]), of which gradients are taken.
     -> (gradients, losses [P], stats [P, ...], moved: as joint_loss returns it)
     """
-    trained = (state.params, state.rows["affine"])
     if not rows_at_a_time:
-        grads, (losses, stats, moved) = jax.grad(loss, has_aux=True)(trained, state.rows, policies, own)
+        grads, (losses, stats, moved) = jax.grad(loss, has_aux=True)(moving, rows, policies, own)
         return grads, losses, stats, moved
-    rows = jax.tree.leaves((state.rows, policies))[0].shape[0]
-    if rows % rows_at_a_time:
-        fits = [n for n in range(1, rows + 1) if rows % n == 0]
-        raise Refusal(f"rows_at_a_time={rows_at_a_time} does not divide the {rows} rows; choose one of {fits}")
+    count = jax.tree.leaves((rows, policies))[0].shape[0]
+    if count % rows_at_a_time:
+        fits = [n for n in range(1, count + 1) if count % n == 0]
+        raise Refusal(f"rows_at_a_time={rows_at_a_time} does not divide the {count} rows; choose one of {fits}")
+    shared, affine = moving
 
     def split(tree):
-        return jax.tree.map(lambda x: x.reshape(rows // rows_at_a_time, rows_at_a_time, *x.shape[1:]), tree)
+        return jax.tree.map(lambda x: x.reshape(count // rows_at_a_time, rows_at_a_time, *x.shape[1:]), tree)
 
     def body(total, part):
         affine, part_rows, part_policies, part_own = part
-        (shared, own), (losses, stats, moved) = jax.grad(loss, has_aux=True)(
-            (state.params, affine), part_rows, part_policies, part_own
+        (grads, own), (losses, stats, moved) = jax.grad(loss, has_aux=True)(
+            (shared, affine), part_rows, part_policies, part_own
         )
-        return jax.tree.map(jnp.add, total, shared), ((own, losses, stats), moved)
+        return jax.tree.map(jnp.add, total, grads), ((own, losses, stats), moved)
 
-    parts = split((state.rows["affine"], state.rows, policies, own))
-    shared, (stacked, moved) = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, state.params), parts)
-    own, losses, stats = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), stacked)
-    return (shared, own), losses, stats, jax.tree.map(lambda x: x.sum(0), moved)
+    parts = split((affine, rows, policies, own))
+    grads, (stacked, moved) = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, shared), parts)
+    own, losses, stats = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), stacked)
+    return (grads, own), losses, stats, jax.tree.map(lambda x: x.sum(0), moved)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpq_jax.policy import stack, uniform
 from mpq_jax.types import Bits, Layer
@@ -29,30 +30,60 @@ def random_rows(
     rows: int,
     same_bits: bool = False,
 ) -> dict[str, Bits]:
-    """R random policies as one stack {path: Bits(int32 [R], int32 [R])}, drawn inside the compiled step.
+    """The R random policies of `random_bits` as one stack {path: Bits(int32 [R], int32 [R])}."""
+    return as_rows(random_bits(key, layers, bit_widths, activation_bit_widths, rows, same_bits), layers)
+
+
+def random_bits(
+    key: jax.Array,
+    layers: Sequence[Layer],
+    bit_widths: Sequence[int],
+    activation_bit_widths: Sequence[int],
+    rows: int,
+    same_bits: bool = False,
+) -> jax.Array:
+    """R random policies, int32 [R, L, 2]: weight and activation bits of the searched layers in order; may be traced.
 
     Weight and activation bits are drawn independently, uniformly from each layer's candidates; layers with equal
     `tied` share the draw of their activation bits. same_bits: both get the weights' draw, as in LIMPQ.
     """
-    drawn: dict[str, Bits] = {}
-    groups: dict[str, jax.Array] = {}
-    for i, layer in enumerate(layers):
-        if layer.bits is not None:
-            drawn[layer.path] = Bits(*(jnp.full(rows, b, jnp.int32) for b in layer.bits))
-            continue
-        key_w, key_a = jax.random.split(jax.random.fold_in(key, i))
-        w = _draw(key_w, layer.candidates("weight", bit_widths), rows)
-        candidates = layer.candidates("activation", activation_bit_widths)
-        a = w if same_bits and candidates == tuple(bit_widths) else _draw(key_a, candidates, rows)
+    searched = [i for i, layer in enumerate(layers) if layer.searched]
+    if not searched:
+        return jnp.zeros((rows, 0, 2), jnp.int32)
+    candidates = [
+        (layers[i].candidates("weight", bit_widths), layers[i].candidates("activation", activation_bit_widths))
+        for i in searched
+    ]
+    # One draw for all layers, each from a key of its own: one by one they were half of the joint step's program.
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(np.array(searched, np.uint32))
+    counts = np.array([[len(each) for each in both] for both in candidates], np.int32)
+    numbers = jax.vmap(jax.vmap(lambda key, count: jax.random.randint(key, (rows,), 0, count)))(keys, counts)
+    table = np.zeros((*counts.shape, counts.max()), np.int32)
+    sources = np.arange(counts.size).reshape(counts.shape)  # whose draw each takes
+    first: dict[tuple[str, tuple[int, ...]], int] = {}
+    for i, (layer, both) in enumerate(zip((layers[i] for i in searched), candidates, strict=True)):
+        for kind, each in enumerate(both):
+            table[i, kind, : len(each)] = each
+        if same_bits and both[1] == tuple(bit_widths):
+            sources[i, 1] = sources[i, 0]
         if layer.tied is not None:
             # Where a rule narrowed one of the tied layers, it keeps its own draw.
-            a = groups.setdefault(f"{layer.tied} {candidates}", a)
-        drawn[layer.path] = Bits(w, a)
-    return drawn
+            sources[i, 1] = first.setdefault((layer.tied, both[1]), sources[i, 1])
+    bits = jnp.take_along_axis(jnp.asarray(table), numbers, axis=-1).reshape(-1, rows)
+    return bits[sources.ravel()].reshape(*counts.shape, rows).transpose(2, 0, 1)
 
 
-def _draw(key: jax.Array, candidates: Sequence[int], rows: int) -> jax.Array:
-    return jnp.asarray(candidates, jnp.int32)[jax.random.randint(key, (rows,), 0, len(candidates))]
+def as_rows(bits: jax.Array, layers: Sequence[Layer]) -> dict[str, Bits]:
+    """int32 [P, L, 2], the bits of the searched layers in order, as a stack {path: Bits([P], [P])} of all layers."""
+    searched = iter(range(bits.shape[1]))
+    stacked = {}
+    for layer in layers:
+        if layer.bits is None:
+            i = next(searched)
+            stacked[layer.path] = Bits(bits[:, i, 0], bits[:, i, 1])
+        else:
+            stacked[layer.path] = Bits(*(jnp.full(bits.shape[0], b, jnp.int32) for b in layer.bits))
+    return stacked
 
 
 def concatenate(*stacks: Mapping[str, Bits]) -> dict[str, Bits]:
@@ -61,8 +92,3 @@ def concatenate(*stacks: Mapping[str, Bits]) -> dict[str, Bits]:
         path: Bits(*(jnp.concatenate(parts) for parts in zip(*(s[path] for s in stacks), strict=True)))
         for path in stacks[0]
     }
-
-
-def policy_array(policies: Mapping[str, Bits], layers: Sequence[Layer]) -> jax.Array:
-    """int32 [P, L, 2]: the weight and activation bits of every row, in the order of `layers`."""
-    return jnp.stack([jnp.stack([policies[layer.path].w, policies[layer.path].a], -1) for layer in layers], 1)

@@ -288,10 +288,33 @@ def test_the_first_steps_follow_the_error_alone(net):
         state = new
 
 
+@pytest.mark.parametrize("at_a_time", [0, 1])
+def test_gradients_of_trained_leaves_alone(net, at_a_time):
+    """They are what they are among all; the rest stays, and the norm is theirs."""
+    quantized, variables = net
+    policies, moving = uniform(quantized), optimizers.quantizer_leaves(quantized, "leaves")
+    optimizer = optimizers.partition(quantized, optax.set_to_zero(), SGD)
+    state = joint.init_state(variables, optimizer, len(WIDTHS), affine_per_row=True)
+
+    def stepped(trained):
+        step = joint.make_step(quantized, TASK, optimizer, error_weight=1.0, rows_at_a_time=at_a_time, trained=trained)
+        return jax.jit(step)(state, BATCH, jax.random.key(0), policies)
+
+    (every, measured), (mine, own) = stepped(None), stepped(moving)
+    assert jax.tree.structure(every) == jax.tree.structure(mine)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), mine, every)
+    before, after = (flax_seam.flatten(each.params) for each in (state, mine))
+    moved = {path: np.asarray(before[path] - after[path]) / 0.1 for path in before}
+    assert {path for path, change in moved.items() if change.any()} == moving
+    norm = np.sqrt(sum((change.astype(float) ** 2).sum() for change in moved.values()))
+    np.testing.assert_allclose(own["gradient_norm"], norm, rtol=1e-3)
+    assert own["gradient_norm"] < measured["gradient_norm"]
+
+
 def test_random_rows():
     """Candidates only, ties kept, weights and activations independent, a pure function of the key."""
     rows = row_policies.random_rows(jax.random.key(0), LAYERS, WIDTHS, WIDTHS, 4000)
-    array = np.asarray(row_policies.policy_array(rows, LAYERS))
+    array = np.stack([np.stack(rows[layer.path], -1) for layer in LAYERS], 1)
     assert array.shape == (4000, 4, 2)
     assert (array[:, 0] == 8).all() and set(np.unique(array[:, 3, 0])) == {4, 8} and (array[:, 3, 1] == 4).all()
     np.testing.assert_array_equal(array[:, 1, 1], array[:, 2, 1])
@@ -299,8 +322,8 @@ def test_random_rows():
         counts = np.bincount(column)[2:5]
         assert counts.min() > 4000 / 3 - 150  # five standard deviations
     assert abs(np.corrcoef(array[:, 1, 0], array[:, 1, 1])[0, 1]) < 0.08
-    again = row_policies.random_rows(jax.random.key(0), LAYERS, WIDTHS, WIDTHS, 4000)
-    np.testing.assert_array_equal(array, row_policies.policy_array(again, LAYERS))
+    again = row_policies.random_bits(jax.random.key(0), LAYERS, WIDTHS, WIDTHS, 4000)
+    np.testing.assert_array_equal(array[:, [layer.searched for layer in LAYERS]], again)
     same = row_policies.random_rows(jax.random.key(1), LAYERS[1:2], WIDTHS, WIDTHS, 50, same_bits=True)
     np.testing.assert_array_equal(same["b"].w, same["b"].a)
 

@@ -100,13 +100,13 @@ def measured_rows(run: Run, state: joint.TrainState, policies: int) -> RowLog:
 
     batches = list(itertools.islice(train_batches(run, settings.batch_size, "alpha")(0), ALPHA_BATCHES))
     key = jax.random.fold_in(jax.random.key(run.config.seed), sum(map(ord, "alpha")))
-    searched = [layer for layer in model.layers if layer.searched]
     arrays, found = [], []
     for i in range(-(-policies // ALPHA_ROWS)):
-        drawn = row_policies.random_rows(
+        bits = row_policies.random_bits(
             jax.random.fold_in(key, i), model.layers, model.bit_widths, model.activation_bit_widths, ALPHA_ROWS
         )
-        arrays.append(np.asarray(row_policies.policy_array(drawn, searched)))
+        arrays.append(np.asarray(bits))
+        drawn = row_policies.as_rows(bits, model.layers)
         for row in range(ALPHA_ROWS):
             part = jax.tree.map(lambda bits, row=row: bits[row : row + 1], drawn)
             found.append(np.mean([losses(variables["params"], rows, part, batch) for batch in batches], axis=0))

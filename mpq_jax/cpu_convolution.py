@@ -87,10 +87,7 @@ def forward(at: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
 def input_gradient(at: Geometry, image: Pair, dy: jax.Array, k: jax.Array) -> jax.Array:
     """dx [B, H, W, I]; image: (H, W)."""
     dy, k = _alike(dy, k)
-    around: Any = [
-        (size - 1 - low, n + low - 1 - (out - 1) * stride)
-        for n, out, size, stride, (low, _) in zip(image, dy.shape[1:3], k.shape, at.strides, at.padding, strict=False)
-    ]
+    around: Any = _around(at, image, dy, k)
     # The barrier keeps XLA from taking the reversal into the convolution, whose layout is then another.
     k = lax.optimization_barrier(k[::-1, ::-1].transpose(0, 1, 3, 2))
     spread = at.strides
@@ -99,6 +96,14 @@ def input_gradient(at: Geometry, image: Pair, dy: jax.Array, k: jax.Array) -> ja
         dy = lax.optimization_barrier(lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *inside, (0, 0, 0))))
         around, spread = ((0, 0), (0, 0)), (1, 1)
     return _convolution(dy, k, (1, 1), around, at, spread)
+
+
+def _around(at: Geometry, image: Pair, dy: jax.Array, k: jax.Array) -> list[Pair]:
+    """The padding of dy, spread out, for the input gradient; negative where images were padded by more than the kernel."""
+    return [
+        (size - 1 - low, n + low - 1 - (out - 1) * stride)
+        for n, out, size, stride, (low, _) in zip(image, dy.shape[1:3], k.shape, at.strides, at.padding, strict=False)
+    ]
 
 
 def filter_gradient(at: Geometry, kernel: Pair, x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -181,11 +186,36 @@ def _summed(
 
 def depthwise(at: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
     """y[b, p, c] = sum over i of x[b, s p + i, c] k[i, 0, c], as a sum of shifted products: [B, oh, ow, C]."""
+    return _apart(functools.partial(_shifted_products, at), at.padded(x), k)
+
+
+def depthwise_input_gradient(at: Geometry, image: Pair, dy: jax.Array, k: jax.Array) -> jax.Array:
+    """dx [B, H, W, C]; image: (H, W)."""
+    dy, k = _alike(dy, k)
+    inside = [(*edges, stride - 1) for edges, stride in zip(_around(at, image, dy, k), at.strides, strict=True)]
+    spread = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *inside, (0, 0, 0)))
+    return _apart(functools.partial(_shifted_products, at._replace(strides=(1, 1))), spread, k[::-1, ::-1])
+
+
+def _shifted_products(at: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
+    """Of padded images."""
     height, width = k.shape[:2]
-    x = at.padded(x).astype(at.dtype or x.dtype)
+    x = x.astype(at.dtype or x.dtype)
     size = tuple((n - m) // s + 1 for n, m, s in zip(x.shape[1:3], k.shape, at.strides, strict=False))
     products = (at.seen(x, i, j, size) * k[i, j, 0] for i in range(height) for j in range(width))
     return functools.reduce(jnp.add, products)
+
+
+def _apart(function: Callable[..., jax.Array], *arguments: jax.Array) -> jax.Array:
+    """function(*arguments) as a program of its own, whose arguments and result are arrays in memory.
+
+    XLA's CPU backend makes a sum of products part of every program that takes it, and makes part of it what it is of: a
+    depthwise convolution would be worked out for each of those programs, and its images for each product. A conditional
+    it leaves as it is; here one whose other branch is never taken, which XLA does not know.
+    """
+    result = jax.eval_shape(function, *arguments)
+    true = lax.optimization_barrier(jnp.bool_(True))
+    return lax.cond(true, function, lambda *_: jnp.zeros(result.shape, result.dtype), *arguments)
 
 
 def depthwise_filter_gradient(at: Geometry, kernel: Pair, x: jax.Array, dy: jax.Array) -> jax.Array:

@@ -105,10 +105,9 @@ def _convolution_by_rows(at: cpu_convolution.Geometry) -> Contraction:
 
 def _depthwise_by_rows(at: cpu_convolution.Geometry) -> Contraction:
     """The products go over all rows at once: only the sums of the filter gradient gain by going one by one."""
-    product = functools.partial(cpu_convolution.depthwise, at)
     return _with_gradients(
-        product,
-        lambda left, g, k: jax.linear_transpose(lambda x: product(x, k), left)(g)[0],
+        functools.partial(cpu_convolution.depthwise, at),
+        lambda left, g, k: cpu_convolution.depthwise_input_gradient(at, left.shape[1:3], g, k).astype(left.dtype),
         lambda right, g, x: cpu_convolution.depthwise_filter_gradient(at, right.shape[:2], x, g).astype(right.dtype),
     )
 

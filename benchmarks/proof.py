@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.proof_contest import accuracy, search
 from benchmarks.proof_lines import BUDGETS, LEVELS
 from benchmarks.proof_policies import alone, random, repeats, samples, tune
-from benchmarks.proof_run import CONTESTANTS, NETS, SEARCHES, Bench, Settings, open_bench
+from benchmarks.proof_run import CONTESTANTS, NETS, SAMPLED, SEARCHES, Bench, Settings, open_bench
 from benchmarks.proof_tables import HESSIAN, criteria, predicted
 from mpq_jax import command_line
 from mpq_jax.criteria import CRITERIA
@@ -44,7 +44,7 @@ FUNCTIONS: Mapping[str, Callable[[Bench], None]] = {
     "tune": tune,
     "repeats": repeats,
     "alone": alone,
-    "criteria": lambda bench: criteria(bench, [name for name in CRITERIA if name not in HESSIAN]),
+    "criteria": lambda bench: criteria(bench, [name for name in CRITERIA if name not in (*HESSIAN, *SAMPLED)]),
     "hessian": lambda bench: criteria(bench, HESSIAN),
     "search": search,
     "predicted": lambda bench: predicted(bench.workdir),

@@ -9,12 +9,18 @@ from mpq_jax import FloatModel, Refusal
 from mpq_jax.float_model import call_flags, float_model
 
 
+class NnxFlagged(nnx.Module):
+    def __call__(self, x, deterministic=False):
+        return x
+
+
 def test_flags_are_found_by_their_names():
     module = own_models.linen(10)
     assert call_flags(module, False) == ({"deterministic": False}, {"deterministic": True})
     assert call_flags(own_models.Distance(), False) == ({"is_training": True}, {"is_training": False})
     assert call_flags(own_models.Net(10, 4, nnx.Rngs(0)), True) == ({"train": True}, {"train": False})
     assert call_flags(nn.Dense(3), False) == ({}, {})
+    assert call_flags(NnxFlagged(), True) == ({"deterministic": False}, {"deterministic": True})
     assert FloatModel(module, inputs=("x",)).is_trained is False
 
 

@@ -100,7 +100,7 @@ def test_grids_of_a_layer():
 
 
 def both(quantizer, weight, activation, w, a):
-    x = np.abs(RNG.normal(size=(16, 6)))
+    x = np.abs(RNG.normal(size=(16, 6))) * np.linspace(1, 3, 16)[:, None]  # no part of the batch like another
     return x, {
         "weight": operand(quantizer.weight, W, weight, w),
         "activation": operand(quantizer.activation, x, activation, a, signed=False, axes=None),

@@ -32,11 +32,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For files that compile much and run little: XLA's programs as ever, their machine code not optimized.
+    """For files that compile much and run little: XLA's programs as ever, their machine code not optimized. Programs that
+    they start compile so, too.
 
     A file takes it with `pytestmark = pytest.mark.usefixtures("quick_compilation")`. Not for files about speed, or about
     equality to the last bit of what is run in different ways.
     """
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     yield
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
     jax.config.update("jax_disable_most_optimizations", False)

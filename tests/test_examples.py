@@ -11,6 +11,8 @@ from examples import text
 from mpq_jax.commands import export
 from mpq_jax.importance import load_importance
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FEW = [
     *("--quantize.bit_widths", "2,4", "--joint.steps", "4", "--finetune.steps", "3", "--statistics_batches", "1"),
     *("--joint.batch_size", "8", "--finetune.batch_size", "8", "--finetune.random_policies", "0", "--log_every", "4"),

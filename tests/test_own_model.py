@@ -20,6 +20,8 @@ from mpq_jax import config as config_lib
 from mpq_jax import data, stages
 from mpq_jax.importance import load_importance
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parent.parent
 TINY = [
     *("--quantize.bit_widths", "2,4", "--data.augment", "false", "--statistics_batches", "2"),

@@ -14,6 +14,8 @@ from mpq_jax.numerics import at_bits, decode
 from mpq_jax.quantizers import QUANTIZERS, lq_nets, lsq, pact, qil
 from mpq_jax.quantizers.pact import dorefa_codes, normalised
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VARIANTS = {
     "lsq": lsq(),
     "lsq same start": lsq("same"),

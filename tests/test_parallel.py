@@ -95,18 +95,42 @@ with processes.started(Parallel(coordinator=sys.argv[1], processes=2, process=in
 """
 
 
-def test_a_lost_process_ends_the_others(tmp_path):
-    """The survivor ends with an error of one line within 60 s. Before that: what process 0 says reaches the other, and a
-    flag that one raises reaches both at the same call."""
-    (tmp_path / "lost.py").write_text(LOST)
+# Process 1 is slow to hear that the last barrier is passed.
+SLOW = """
+import sys, time
+from mpq_jax import processes
+from mpq_jax.config import Parallel
+farewell = processes._farewell
+if sys.argv[2] == "1":
+    processes._farewell = lambda: (time.sleep(1.5), print(time.time(), file=sys.__stdout__), farewell())
+with processes.started(Parallel(coordinator=sys.argv[1], processes=2, process=int(sys.argv[2]))):
+    pass
+print(time.time())
+"""
+
+
+def two(script: Path, text: str) -> list[subprocess.Popen]:
+    """Two processes of a script, each given the address of process 0 and its own number."""
+    script.write_text(text)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    first, second = (
-        subprocess.Popen([sys.executable, str(tmp_path / "lost.py"), address, str(i)], env=environment(1), **pipes)
-        for i in range(2)
-    )
+    return [
+        subprocess.Popen([sys.executable, str(script), address, str(i)], env=environment(1), **pipes) for i in range(2)
+    ]
+
+
+def test_process_0_goes_when_the_others_know_that_all_is_done(tmp_path):
+    said = [process.communicate(timeout=300) for process in two(tmp_path / "slow.py", SLOW)]
+    (first,), (told, _) = ([float(line) for line in out.splitlines()] for out, _ in said)
+    assert first > told, said
+
+
+def test_a_lost_process_ends_the_others(tmp_path):
+    """The survivor ends with an error of one line within 60 s. Before that: what process 0 says reaches the other, and a
+    flag that one raises reaches both at the same call."""
+    first, second = two(tmp_path / "lost.py", LOST)
     said = second.communicate(timeout=300)
     assert second.returncode == -9, said
     lost = time.monotonic()

@@ -27,15 +27,15 @@ from mpq_jax.workdir import latest_step
 
 ALPHA_POLICIES = 128
 FEWER = "--joint.bit_widths=2,4,6"
-SLICES, SETTLED = "--joint.slices=true", "--joint.settled=0.1"
+WHOLE, SLICES, SETTLED = "--joint.slices=false", "--joint.slices=true", "--joint.settled=0.1"
 # name -> overrides of the config. "again": the same with other batches, what any of the others can be expected to reach.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
-    "full": (),
-    "again": (),
-    "half": ("--joint.steps=150",),
-    "sixth": ("--joint.steps=50",),
-    "settled": (SETTLED,),
-    "widths": (FEWER,),
+    "full": (WHOLE,),
+    "again": (WHOLE,),
+    "half": (WHOLE, "--joint.steps=150"),
+    "sixth": (WHOLE, "--joint.steps=50"),
+    "settled": (WHOLE, SETTLED),
+    "widths": (WHOLE, FEWER),
     "slices": (SLICES,),
     "slices half": (SLICES, "--joint.steps=150"),
     "slices settled": (SLICES, SETTLED),
@@ -60,7 +60,7 @@ def train(bench: Bench, name: str) -> tuple[stages.Run, joint.TrainState, RowLog
 def samples_seen(run: stages.Run, state: joint.TrainState, steps: int) -> int:
     """Forward and backward passes of one sample: with slices a row sees its share of the batch."""
     settings, rows = run.config.joint, len(state.rows["index"])
-    return steps * rows * (settings.batch_size // rows if settings.slices else settings.batch_size)
+    return steps * rows * (settings.batch_size // rows if settings.slices == "true" else settings.batch_size)
 
 
 def choose(table: Importance, bench: Bench) -> dict[str, list[list[int]]]:

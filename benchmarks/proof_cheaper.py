@@ -1,6 +1,6 @@
 """The table of cheaper joint trainings, from the lines of benchmarks.cheaper."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -101,7 +101,7 @@ def cheaper_table(runs: Runs, net: str) -> str:
     return table(head, rows)
 
 
-def values(runs: Runs, nets: Mapping[str, str]) -> dict[str, str]:
+def values(runs: Runs, nets: Iterable[str]) -> dict[str, str]:
     """{placeholder: text}."""
     found = {}
     for net in nets:

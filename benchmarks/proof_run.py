@@ -82,7 +82,8 @@ class Bench(NamedTuple):
 
 def open_bench(net: str, seed: int, root: Path, settings: Settings, overrides: Sequence[str]) -> Bench:
     """Trains what is not trained yet, and opens it."""
-    config = dataclasses.replace(config_lib.load(NETS[net], overrides), seed=seed)
+    # What cheaper joint training is measured against, and what all lines so far come from.
+    config = dataclasses.replace(config_lib.load(NETS[net], ["--joint.slices=false", *overrides]), seed=seed)
     workdir = root / net / f"seed{seed}"
     workdirs.claim(workdir, config, finetuning=False)
     if not (workdir / "importance.json").exists():

@@ -89,7 +89,11 @@ class Joint:
     step_size_learning_rate: float = 0.1
     error_weight: float = 1.0  # of the relative quantization error in the step sizes' loss; 0 in the paper
     error_steps: int = 60  # first steps, in which step sizes follow that error alone
-    slices: bool = False  # each row sees a slice of the batch of its own: a step costs one pass, not one a row
+    slices: str = (
+        "auto"  # true: each row sees a slice of the batch of its own, so that a step costs one pass, not one a
+    )
+    # row; false: each sees all of it; auto: slices where each has 10 samples, weights are still, nothing is distilled, and
+    # alpha is given or measured
     bit_widths: tuple[int, ...] = ()  # empty: all; else these are trained, the step sizes of the others interpolated
     random_rows: int = 1
     same_bits: bool = False  # random rows draw one width for weights and activations, as in the paper
@@ -213,6 +217,7 @@ PAPER_JOINT = Joint(
     clip=1.0,
     step_size_optimizer="sgd",
     error_weight=0.0,
+    slices="false",
     same_bits=True,
     affine_per_row=True,
     label_smoothing=0.1,
@@ -367,6 +372,8 @@ def _typed(key: str, kind: Any, value: Any) -> Any:
         return value
     if get_origin(kind) is dict and isinstance(value, dict):
         return value
+    if kind is str and type(value) is bool:
+        return str(value).lower()  # joint.slices, before it could be "auto"
     if type(value) is not kind or (kind is int and abs(value) >= 2**63):
         raise TypeError(f"{key} is {str(value)[:80]!r}")
     return value

@@ -12,9 +12,11 @@ from made_reports import rows_of, table_named, taken_apart
 
 import search
 import train
+from mpq_jax import config as config_lib
 from mpq_jax import data, joint, logs, stages
 from mpq_jax.criteria.learned import RowLog, fit_alpha, load_rows, save_rows
 from mpq_jax.importance import load_importance
+from mpq_jax.stages import joint_training
 from mpq_jax.stages.run import train_batches
 from mpq_jax.types import Bits, Importance, Layer
 from mpq_jax.workdir import latest_step, load_config
@@ -141,6 +143,7 @@ def test_refusals(place, capsys, more, words):
         (["--joint.weights", "fixed"], '"still" or "trained"'),
         (["--joint.slices", "true", "--joint.distill", "0.5"], "leave out joint.slices"),
         (["--joint.slices", "true", "--joint.batch_size", "3"], "take at least --joint.batch_size 4"),
+        (["--joint.slices", "maybe"], 'choose "auto", "true" or "false"'),
         (["--joint.bit_widths", "2,3"], "with 2 and 4 among them"),
         (["--joint.settled", "0.1", "--joint.weights", "trained"], "still weights; leave it out"),
     ],
@@ -197,6 +200,25 @@ def test_paper_recipe_and_options_run(place, tmp_path):
     log = np.load(Path(run) / "joint" / "random_rows.npz")
     np.testing.assert_array_equal(log["policies"][..., 0], log["policies"][..., 1])
     assert len(log["step"]) == 8
+
+
+@pytest.mark.parametrize(
+    "settings, rows, wanted",
+    [
+        (config_lib.Joint(), 6, True),  # ten samples a row
+        (config_lib.Joint(), 7, False),
+        (config_lib.Joint(batch_size=59), 6, False),
+        (config_lib.Joint(slices="true"), 64, True),
+        (config_lib.Joint(slices="false"), 2, False),
+        (config_lib.Joint(weights="trained"), 6, False),
+        (config_lib.Joint(distill=0.5), 6, False),
+        (config_lib.Joint(alpha_policies=0), 6, False),
+        (config_lib.Joint(alpha_policies=0, alpha="2"), 6, True),
+        (config_lib.PAPER_JOINT, 2, False),
+    ],
+)
+def test_when_rows_see_slices_of_the_batch(settings, rows, wanted):
+    assert joint_training.sliced(settings, rows) == wanted
 
 
 CHEAPER = [

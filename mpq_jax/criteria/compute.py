@@ -16,7 +16,14 @@ from mpq_jax.config import Config
 from mpq_jax.criteria import Measured, find
 from mpq_jax.criteria.coupling import coupled_pairs, searched_pairs
 from mpq_jax.criteria.learned import load_rows
+from mpq_jax.stages.joint_training import sliced
+from mpq_jax.stages.run import row_names
 from mpq_jax.types import Importance, QuantizedModel, Refusal
+
+NOISY = (
+    "the random rows' losses are those of slices of a batch, and noisy; train with --joint.slices false in another "
+    "--workdir, or take --criterion sampled"
+)
 
 
 def measure(name: str, **given: Any) -> Measured:
@@ -74,6 +81,8 @@ def compute(
     run = stages.open_run(config, workdir)
     given = _given(run, config, rows, log, set(inspect.signature(function_of(name)).parameters))
     measured = measure(name, **given)
+    if "rows" in given and sliced(config.joint, len(row_names(run.model, config.joint))):
+        measured = measured._replace(notes=(*measured.notes, NOISY))
     train_passes = measured.sample_passes / run.dataset.sizes["train"]
     about = {
         "unit": criterion.unit,

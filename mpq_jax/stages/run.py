@@ -75,12 +75,13 @@ def _check_layout(config: Config, layout: parallel.Layout, model: QuantizedModel
         return
     for stage in ("pretrain", "joint", "finetune"):
         parallel.check_batch(layout, getattr(config, stage).batch_size, f"{stage}.batch_size")
-    names = row_names(trained_on(model, config.joint.bit_widths) if config.joint.bit_widths else model, config.joint)
-    parallel.check_rows(layout, len(names), config.joint.rows_at_a_time)
+    parallel.check_rows(layout, len(row_names(model, config.joint)), config.joint.rows_at_a_time)
 
 
 def row_names(model: QuantizedModel, settings: Joint) -> list[str]:
-    """Of joint training: the uniform rows, then the random ones."""
+    """Of joint training of the run's model: the uniform rows, at the widths that are trained, then the random ones."""
+    if settings.bit_widths:
+        model = trained_on(model, settings.bit_widths)
     uniform = [build.uniform_name(b) for b in sorted({*model.bit_widths, *model.activation_bit_widths})]
     return uniform + [f"random{i + 1}" for i in range(settings.random_rows)]
 

@@ -111,6 +111,10 @@ class Joint:
     alpha_policies: int = 128  # so many are measured after training, all on the same two batches (a 20th of the cost of
     # 300 steps of 6 rows): that repeats with other batches, where the random rows' own log (0) does not; docs/results.md
 
+    def __post_init__(self) -> None:
+        text = str(self.slices).lower()  # True and 1 are words for it, too
+        object.__setattr__(self, "slices", {"1": "true", "0": "false"}.get(text, text))
+
 
 @dataclasses.dataclass(frozen=True)
 class Search:
@@ -356,7 +360,9 @@ def from_json(value: Any) -> Config:
             hints = get_type_hints(kind)
             if not isinstance(value[name], dict):
                 raise TypeError(f"{name} holds no settings")
-            given = {key: _typed(f"{name}.{key}", hints[key], v) for key, v in value[name].items()}
+            # A run from before there were slices trained on whole batches.
+            saved = {"slices": "false", **value[name]} if name == "joint" else value[name]
+            given = {key: _typed(f"{name}.{key}", hints[key], v) for key, v in saved.items()}
             sections[name] = kind(**given)  # type: ignore[operator]
         else:
             sections[name] = _typed(name, kind, value[name])
@@ -372,8 +378,8 @@ def _typed(key: str, kind: Any, value: Any) -> Any:
         return value
     if get_origin(kind) is dict and isinstance(value, dict):
         return value
-    if kind is str and type(value) is bool:
-        return str(value).lower()  # joint.slices, before it could be "auto"
+    if key == "joint.slices" and type(value) is bool:
+        return str(value).lower()  # as it was before there was "auto"
     if type(value) is not kind or (kind is int and abs(value) >= 2**63):
         raise TypeError(f"{key} is {str(value)[:80]!r}")
     return value

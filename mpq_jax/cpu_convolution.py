@@ -184,9 +184,13 @@ def _summed(
 # ---- depthwise ----------------------------------------------------------------------------------------------------
 
 
-def depthwise(at: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
-    """y[b, p, c] = sum over i of x[b, s p + i, c] k[i, 0, c], as a sum of shifted products: [B, oh, ow, C]."""
-    return _apart(functools.partial(_shifted_products, at), at.padded(x), k)
+def depthwise(at: Geometry, x: jax.Array, k: jax.Array, apart: bool = True) -> jax.Array:
+    """y[b, p, c] = sum over i of x[b, s p + i, c] k[i, 0, c], as a sum of shifted products: [B, oh, ow, C].
+
+    apart: as a program of its own. Not where JAX differentiates it: a conditional would keep each product's operands.
+    """
+    products = functools.partial(_shifted_products, at)
+    return _apart(products, at.padded(x), k) if apart else products(at.padded(x), k)
 
 
 def depthwise_input_gradient(at: Geometry, image: Pair, dy: jax.Array, k: jax.Array) -> jax.Array:

@@ -296,7 +296,7 @@ def _make_gradients(
 
         flat = {} if trained is None else flax_seam.flatten(state.params)
         affine = state.rows["affine"] if trained is None else {}
-        shared = state.params if trained is None else {path: flat[path] for path in trained}
+        shared = state.params if trained is None else {path: flat[path] for path in trained if path in flat}
 
         def of(moving, rows, policies, own):
             shared, affine = moving

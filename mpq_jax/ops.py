@@ -52,8 +52,8 @@ def contract(primitive: str, params: dict[str, Any], kernels: Kernels = "rows") 
         if at is None:
             return product(lhs, rhs)
         if cpu_convolution.is_depthwise(params, lhs, rhs):
-            one = _depthwise_by_rows(at) if kernels == "rows" else functools.partial(cpu_convolution.depthwise, at)
-            return one(lhs, rhs)
+            smooth = functools.partial(cpu_convolution.depthwise, at, apart=False)
+            return (_depthwise_by_rows(at) if kernels == "rows" else smooth)(lhs, rhs)
         if params["feature_group_count"] == 1 and kernels == "rows":
             return _convolution_by_rows(at)(lhs, rhs)
         return product(lhs, rhs)

@@ -225,6 +225,11 @@ def test_config_round_trip():
     older = to_json(config)
     older.pop("criteria")
     assert from_json(older).criteria == Criteria()
+    # Runs from before there were slices trained on whole batches; then they were a matter of true and false.
+    for said, meant in (({}, "false"), ({"slices": True}, "true"), ({"slices": "auto"}, "auto")):
+        assert from_json({"joint": {"steps": 3, **said}}).joint.slices == meant
+    with pytest.raises(TypeError):
+        from_json({"joint": {"weights": True}})
     with pytest.raises(KeyError):
         from_json({"joint": {"stepz": 3}})
 

@@ -16,8 +16,7 @@ from mpq_jax import config as config_lib
 from mpq_jax import data, joint, logs, stages
 from mpq_jax.criteria.learned import RowLog, fit_alpha, load_rows, save_rows
 from mpq_jax.importance import load_importance
-from mpq_jax.stages import joint_training
-from mpq_jax.stages.run import train_batches
+from mpq_jax.stages.run import sliced, train_batches
 from mpq_jax.types import Bits, Importance, Layer
 from mpq_jax.workdir import latest_step, load_config
 
@@ -210,6 +209,8 @@ def test_paper_recipe_and_options_run(place, tmp_path):
         (config_lib.Joint(batch_size=59), 6, False),
         (config_lib.Joint(slices="true"), 64, True),
         (config_lib.Joint(slices="false"), 2, False),
+        (config_lib.Joint(slices=False), 2, False),
+        (config_lib.Joint(slices="1"), 64, True),
         (config_lib.Joint(weights="trained"), 6, False),
         (config_lib.Joint(distill=0.5), 6, False),
         (config_lib.Joint(alpha_policies=0), 6, False),
@@ -218,7 +219,7 @@ def test_paper_recipe_and_options_run(place, tmp_path):
     ],
 )
 def test_when_rows_see_slices_of_the_batch(settings, rows, wanted):
-    assert joint_training.sliced(settings, rows) == wanted
+    assert sliced(settings, rows) == wanted
 
 
 CHEAPER = [

@@ -16,8 +16,7 @@ from mpq_jax.config import Config
 from mpq_jax.criteria import Measured, find
 from mpq_jax.criteria.coupling import coupled_pairs, searched_pairs
 from mpq_jax.criteria.learned import load_rows
-from mpq_jax.stages.joint_training import sliced
-from mpq_jax.stages.run import row_names
+from mpq_jax.stages.run import row_names, sliced
 from mpq_jax.types import Importance, QuantizedModel, Refusal
 
 NOISY = (

@@ -14,10 +14,9 @@ from mpq_jax.fewer_widths import filled_in, trained_on
 from mpq_jax.files import write_json
 from mpq_jax.stages.loop import compile_step, train
 from mpq_jax.stages.row_log import RowLogFile
-from mpq_jax.stages.run import Run, is_linen, row_names, steps_of, train_batches
+from mpq_jax.stages.run import Run, is_linen, row_names, sliced, steps_of, train_batches
 from mpq_jax.types import QuantizedModel, Refusal
 
-LEAST_SLICE = 10  # samples: with so many the step sizes are those of whole batches (docs/results.md)
 SETTLED = "settled.json"  # beside the checkpoints of a joint training that ended before its steps did
 
 
@@ -111,20 +110,6 @@ def joint_optimizer(model: QuantizedModel, settings: Joint, steps: int) -> optax
         raise Refusal(f'joint.step_size_optimizer {settings.step_size_optimizer!r}: choose "log_adam" or "sgd"')
     optimizer = optimizers.partition(model, weights, step_sizes)
     return optax.MultiSteps(optimizer, settings.accumulate) if settings.accumulate > 1 else optimizer
-
-
-def sliced(settings: Joint, rows: int) -> bool:
-    """Whether each row sees a slice of the batch of its own. Raises Refusal for settings that cannot be had together."""
-    if settings.slices not in ("auto", "true", "false"):
-        raise Refusal(f'joint.slices {settings.slices!r} is not known; choose "auto", "true" or "false"')
-    if settings.slices == "true" and settings.distill:
-        raise Refusal("joint.distill needs rows that see the same samples; leave out joint.slices")
-    if settings.slices != "auto":
-        return settings.slices == "true"
-    # Without measured policies alpha is fitted to the rows' log, and a slice's losses say next to nothing of it.
-    alpha = settings.alpha != "auto" or bool(settings.alpha_policies)
-    enough = settings.batch_size // rows >= LEAST_SLICE
-    return enough and alpha and settings.weights == "still" and not settings.distill
 
 
 def _error_steps(settings: Joint, steps: int) -> int:

@@ -11,7 +11,9 @@ from mpq_jax.config import Config, Finetune, Joint, Pretrain
 from mpq_jax.fewer_widths import trained_on
 from mpq_jax.float_model import FloatModel
 from mpq_jax.tasks import Task, task_of
-from mpq_jax.types import QuantizedModel
+from mpq_jax.types import QuantizedModel, Refusal
+
+LEAST_SLICE = 10  # samples: with so many the step sizes are those of whole batches (docs/results.md)
 
 
 class Run(NamedTuple):
@@ -53,6 +55,7 @@ def open_run(config: Config, workdir: Path) -> Run:
     source = build.float_model(config, dataset.num_classes)
     model = build.quantized(config, source, dataset.features)
     _check_layout(config, layout, model)
+    sliced(config.joint, len(row_names(model, config.joint)))  # refuses now what joint training would refuse later
     variables = build.float_variables(config, source, model, dataset.features)
     task = task_of(source)
     return Run(
@@ -84,6 +87,20 @@ def row_names(model: QuantizedModel, settings: Joint) -> list[str]:
         model = trained_on(model, settings.bit_widths)
     uniform = [build.uniform_name(b) for b in sorted({*model.bit_widths, *model.activation_bit_widths})]
     return uniform + [f"random{i + 1}" for i in range(settings.random_rows)]
+
+
+def sliced(settings: Joint, rows: int) -> bool:
+    """Whether each row sees a slice of the batch of its own. Raises Refusal for settings that cannot be had together."""
+    if settings.slices not in ("auto", "true", "false"):
+        raise Refusal(f'joint.slices {settings.slices!r} is not known; choose "auto", "true" or "false"')
+    if settings.slices == "true" and settings.distill:
+        raise Refusal("joint.distill needs rows that see the same samples; leave out joint.slices")
+    if settings.slices != "auto":
+        return settings.slices == "true"
+    # Without measured policies alpha is fitted to the rows' log, and a slice's losses say next to nothing of it.
+    alpha = settings.alpha != "auto" or bool(settings.alpha_policies)
+    enough = settings.batch_size // rows >= LEAST_SLICE
+    return enough and alpha and settings.weights == "still" and not settings.distill
 
 
 def is_linen(model: QuantizedModel) -> bool:

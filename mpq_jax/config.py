@@ -89,11 +89,9 @@ class Joint:
     step_size_learning_rate: float = 0.1
     error_weight: float = 1.0  # of the relative quantization error in the step sizes' loss; 0 in the paper
     error_steps: int = 60  # first steps, in which step sizes follow that error alone
-    slices: str = (
-        "auto"  # true: each row sees a slice of the batch of its own, so that a step costs one pass, not one a
-    )
-    # row; false: each sees all of it; auto: slices where each has 10 samples, weights are still, nothing is distilled, and
-    # alpha is given or measured
+    slices: str = "auto"  # true: each row sees a slice of the batch of its own: a step costs one pass, not one a row;
+    # false: each sees all of it; auto: slices, where each has 10 samples, weights are still, nothing is distilled, and alpha
+    # is given or measured
     bit_widths: tuple[int, ...] = ()  # empty: all; else these are trained, the step sizes of the others interpolated
     random_rows: int = 1
     same_bits: bool = False  # random rows draw one width for weights and activations, as in the paper

@@ -3,7 +3,8 @@
   python benchmarks/joint_step.py [--model resnet8] [--batch 64] [--repeats 7] [--skip-vmap]
 
 The float step uses our kernels or XLA's own, whichever is faster. The joint step is the default one: K uniform rows
-and one random row, weights still or trained, all rows at once or one at a time. Medians of interleaved repetitions;
+and one random row, weights still or trained, all rows at once or one at a time, with operands kept for the backward pass or
+put on their grids once more. Medians of interleaved repetitions;
 nothing else should run meanwhile. Memory is what XLA plans for one call, arguments and results included.
 """
 
@@ -89,6 +90,8 @@ def main() -> None:
         "float step, XLA's kernels": step_of(plain, sgd, variables, 1),
         JOINT: trained(),
         "joint step, the same, one row at a time": trained(rows_at_a_time=1),
+        "joint step, the same, recomputing": trained(recompute=True),
+        "joint step, the same, one row, recomputing": trained(rows_at_a_time=1, recompute=True),
         "joint step, weights still, with the error term": step_of(
             quantized, ours, calibrated, rows, error=1.0, fixed=uniform, random=1
         ),

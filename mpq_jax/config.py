@@ -98,6 +98,7 @@ class Joint:
     affine_per_row: bool = False
     rows_at_a_time: int = 0  # so many rows are mapped at once, their gradients summed; 0: one, the fastest on CPU and
     # the least memory, or all where distillation from the widest row needs them
+    recompute: bool = False  # a third less memory for a little more time; benchmarks/README.md
     accumulate: int = 1  # batches an optimizer step
     average: float = 0.0  # decay of the moving average of the parameters; 0: none
     label_smoothing: float = 0.0
@@ -139,6 +140,7 @@ class Finetune:
     distill: float = 0.0  # weight of distillation from the float model
     accumulate: int = 1
     average: float = 0.0
+    recompute: bool = False
     compare: bool = True  # also fine-tune the best uniform policy that fits, and random ones
     random_policies: int = 1
 

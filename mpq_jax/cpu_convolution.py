@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mpq_jax.recompute import apart
+
 Pair = tuple[int, int]
 
 # Filter gradients work on copies of the images: of so many bytes at a time, that they stay in the cache.
@@ -184,13 +186,13 @@ def _summed(
 # ---- depthwise ----------------------------------------------------------------------------------------------------
 
 
-def depthwise(at: Geometry, x: jax.Array, k: jax.Array, apart: bool = True) -> jax.Array:
+def depthwise(at: Geometry, x: jax.Array, k: jax.Array, own: bool = True) -> jax.Array:
     """y[b, p, c] = sum over i of x[b, s p + i, c] k[i, 0, c], as a sum of shifted products: [B, oh, ow, C].
 
-    apart: as a program of its own. Not where JAX differentiates it: a conditional would keep each product's operands.
+    own: as a program of its own. Not where JAX differentiates it: a conditional would keep each product's operands.
     """
     products = functools.partial(_shifted_products, at)
-    return _apart(products, at.padded(x), k) if apart else products(at.padded(x), k)
+    return apart(products, at.padded(x), k) if own else products(at.padded(x), k)
 
 
 def depthwise_input_gradient(at: Geometry, image: Pair, dy: jax.Array, k: jax.Array) -> jax.Array:
@@ -198,7 +200,7 @@ def depthwise_input_gradient(at: Geometry, image: Pair, dy: jax.Array, k: jax.Ar
     dy, k = _alike(dy, k)
     inside = [(*edges, stride - 1) for edges, stride in zip(_around(at, image, dy, k), at.strides, strict=True)]
     spread = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *inside, (0, 0, 0)))
-    return _apart(functools.partial(_shifted_products, at._replace(strides=(1, 1))), spread, k[::-1, ::-1])
+    return apart(functools.partial(_shifted_products, at._replace(strides=(1, 1))), spread, k[::-1, ::-1])
 
 
 def _shifted_products(at: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
@@ -208,18 +210,6 @@ def _shifted_products(at: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
     size = tuple((n - m) // s + 1 for n, m, s in zip(x.shape[1:3], k.shape, at.strides, strict=False))
     products = (at.seen(x, i, j, size) * k[i, j, 0] for i in range(height) for j in range(width))
     return functools.reduce(jnp.add, products)
-
-
-def _apart(function: Callable[..., jax.Array], *arguments: jax.Array) -> jax.Array:
-    """function(*arguments) as a program of its own, whose arguments and result are arrays in memory.
-
-    XLA's CPU backend makes a sum of products part of every program that takes it, and makes part of it what it is of: a
-    depthwise convolution would be worked out for each of those programs, and its images for each product. A conditional
-    it leaves as it is; here one whose other branch is never taken, which XLA does not know.
-    """
-    result = jax.eval_shape(function, *arguments)
-    true = lax.optimization_barrier(jnp.bool_(True))
-    return lax.cond(true, function, lambda *_: jnp.zeros(result.shape, result.dtype), *arguments)
 
 
 def depthwise_filter_gradient(at: Geometry, kernel: Pair, x: jax.Array, dy: jax.Array) -> jax.Array:

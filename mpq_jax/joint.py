@@ -115,6 +115,7 @@ def joint_loss(
     error_weight: float = 0.0,
     task_weight: float | jax.Array = 1.0,
     sliced: bool = False,
+    recompute: bool = False,
     layout: parallel.Layout | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, Any, Any]]:
     """The sum of the rows' losses (LIMPQ algorithm 1), all rows under one `jax.vmap`.
@@ -129,6 +130,7 @@ def joint_loss(
     task_weight: of the rows' own losses in the sum. rngs: streams of the model's call. distill: soft targets, see `Distill`.
     sliced: the batch's leaves are [P, B, ...]: each row sees samples of its own. Not with distillation in place, whose
         rows answer for the same samples.
+    recompute: less memory and more time, see `QuantizedModel.apply`; the same numbers but for rounding.
     policies: a stack {path: Bits([P], [P])}, or None for the float model (the rows then differ in nothing).
     Returns (sum [], (losses [P], statistics after the batch [P, ...], moved)), with `moved` as `operands.TERMS` says of
     "state", summed over the rows; {} where the quantizer has no state.
@@ -141,7 +143,14 @@ def joint_loss(
     def forward(row, policy, batch):
         variables = {"params": _with_affine(params, row["affine"]), **row["stats"]}
         out: Any = model.apply(
-            variables, policy, *task.inputs(batch), mutable=mutable, rngs=rngs, terms=terms, **task.train_kwargs
+            variables,
+            policy,
+            *task.inputs(batch),
+            mutable=mutable,
+            rngs=rngs,
+            terms=terms,
+            recompute=recompute,
+            **task.train_kwargs,
         )
         outputs, *more = out if mutable or terms else (out,)
         return outputs, more[0] if mutable else {}, more[-1] if terms else {}
@@ -212,6 +221,7 @@ def make_step(
     average: float = 0.0,
     dropout: bool = False,
     sliced: bool = False,
+    recompute: bool = False,
     trained: Collection[str] | None = None,
     layout: parallel.Layout | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -229,13 +239,16 @@ def make_step(
     average: decay of the moving average of the parameters (0: none).
     dropout: give the model the task's random streams each step (Linen; an NNX model carries its own).
     sliced: every row sees a slice of the batch (`slices`), no sample twice: a step costs one pass in place of P.
+    recompute: as in joint_loss.
     trained: paths of the parameters that have gradients, "gradient_norm" being theirs; None: all, and the rows' affine
         copies. Of the others `optimizer` is told that their gradients are 0, without working them out.
     layout: of many devices; see parallel.py.
     The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
     """
 
-    loss = functools.partial(joint_loss, model, task, distill=distill, error_weight=error_weight, layout=layout)
+    loss = functools.partial(
+        joint_loss, model, task, distill=distill, error_weight=error_weight, recompute=recompute, layout=layout
+    )
     in_place = distill is not None and distill.teacher != "given"
     gradients = _make_gradients(loss, error_steps if error_weight else 0, rows_at_a_time, in_place, trained)
     gradients = parallel.by_rows(gradients, layout)

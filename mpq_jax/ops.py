@@ -52,7 +52,7 @@ def contract(primitive: str, params: dict[str, Any], kernels: Kernels = "rows") 
         if at is None:
             return product(lhs, rhs)
         if cpu_convolution.is_depthwise(params, lhs, rhs):
-            smooth = functools.partial(cpu_convolution.depthwise, at, apart=False)
+            smooth = functools.partial(cpu_convolution.depthwise, at, own=False)
             return (_depthwise_by_rows(at) if kernels == "rows" else smooth)(lhs, rhs)
         if params["feature_group_count"] == 1 and kernels == "rows":
             return _convolution_by_rows(at)(lhs, rhs)

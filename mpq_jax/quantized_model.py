@@ -26,8 +26,9 @@ from mpq_jax.layers import (
     leaf_paths,
     spec_of,
 )
-from mpq_jax.operands import gathered, operand_of, tapped
+from mpq_jax.operands import Operand, gathered, operand_of, tapped
 from mpq_jax.quantizers import lsq
+from mpq_jax.recompute import recomputed
 from mpq_jax.rules import Candidates, Rules, check_rules
 from mpq_jax.types import (
     Apply,
@@ -152,10 +153,11 @@ def _calls(walk: Walk, specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> 
         terms: Sequence[str] = (),
         float_bits: bool = False,
         exact: bool = False,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> Any:
         values = {} if policy is None else layer_values(specs, quantizer, variables, policy)
-        handler = _quantizing(specs, quantizer, kernels, terms, float_bits, exact)
+        handler = _quantizing(specs, quantizer, kernels, terms, float_bits, exact, recompute)
         outputs, updates, taps = walk(variables, values, handler, inputs, kwargs, mutable, rngs)
         result: tuple[Any, ...] = (outputs, updates) if mutable else (outputs,)
         if terms:
@@ -238,6 +240,7 @@ def _quantizing(
     terms: Sequence[str],
     float_bits: bool = False,
     exact: bool = False,
+    recompute: bool = False,
 ) -> Handler:
     """The handler of `apply`: both operands on their grids, then the product; taps the terms that are asked for.
 
@@ -245,6 +248,7 @@ def _quantizing(
     evaluation: the gradient of an operand that was left so is not defined.
     exact: the product is one of integer codes in float32, multiplied by the two scales after it, as integer arithmetic
     does it: the same sums in any order, as long as they stay below 2^24. For evaluation.
+    recompute: the backward pass keeps the operands as they are before their quantizers, and none on its grid.
     """
 
     def handler(call: Call, lhs: jax.Array, rhs: jax.Array, value: Any) -> tuple[jax.Array, Any]:
@@ -252,16 +256,27 @@ def _quantizing(
         product = ops.contract(call.primitive, call.params, kernels)
         if value is None:  # left in float by a rule, or the whole model run in float
             return product(lhs, rhs), None
-        inputs = [lhs, rhs]
-        x = {"weight": inputs[call.weight_side], "activation": inputs[1 - call.weight_side]}
-        operands = {kind: operand_of(call, spec, quantizer, kind, x[kind], value, float_bits) for kind in x}
+
+        def operands_of(sides: tuple[jax.Array, jax.Array], value: Any) -> dict[str, Operand]:
+            x = {"weight": sides[call.weight_side], "activation": sides[1 - call.weight_side]}
+            return {kind: operand_of(call, spec, quantizer, kind, x[kind], value, float_bits) for kind in x}
+
+        def product_on_grids(operands: Mapping[str, Operand]) -> jax.Array:
+            inputs = [lhs, rhs]
+            inputs[call.weight_side], inputs[1 - call.weight_side] = (each.on_grid() for each in operands.values())
+            return product(*inputs)
+
+        operands = operands_of((lhs, rhs), value)
         if exact and all(each.in_float is None for each in operands.values()):
             encoded = (operands["weight"].encoded(), operands["activation"].encoded())
             at = (call.primitive, call.params, call.weight_side, call.channel_axes)
             return product_of_codes(*at, *encoded, spec.paths[0]), None
-        inputs[call.weight_side], inputs[1 - call.weight_side] = (each.on_grid() for each in operands.values())
-        tap = {term: tapped(term, operands, value) for term in terms}
-        return product(*inputs), tap or None
+        tap = {term: tapped(term, operands, value) for term in terms} or None
+        if not recompute:
+            return product_on_grids(operands), tap
+        leaves = {kind: value[kind] for kind in operands}
+        run = recomputed(lambda moving, bits: product_on_grids(operands_of(moving[0], moving[1] | {"bits": bits})))
+        return run(((lhs, rhs), leaves), value["bits"]), tap
 
     return handler
 

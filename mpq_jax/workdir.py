@@ -13,7 +13,7 @@ from mpq_jax.types import Refusal
 # What float and joint training depend on; fine-tuning may be repeated with other settings.
 _LEARNING = ("seed", "data", "model", "quantize", "pretrain", "joint")
 # These change how a run goes, not what comes out of it.
-_FREE = ("data.data_dir", "data.workers", "joint.rows_at_a_time")
+_FREE = ("data.data_dir", "data.workers", "joint.rows_at_a_time", "joint.recompute", "finetune.recompute")
 
 
 def check_place(workdir: Path, finetuning: bool) -> None:

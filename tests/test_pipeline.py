@@ -191,6 +191,7 @@ def test_paper_recipe_and_options_run(place, tmp_path):
         *("--joint.same_bits", "true", "--joint.affine_per_row", "true", "--joint.label_smoothing", "0.1"),
         *("--joint.distill", "0.5", "--joint.average", "0.9", "--joint.accumulate", "2", "--joint.random_rows", "2"),
         *("--quantize.per_channel", "true", "--joint.steps", "4", "--model.dtype", "bfloat16"),
+        *("--joint.recompute", "true"),
     ]
     run = str(tmp_path / "paper")
     assert train.main(["--config", str(place / "tiny.py"), "--workdir", run, *more]) == 0
@@ -341,7 +342,7 @@ def test_dropout_scan_and_no_batch_statistics(place, tmp_path):
     """A Linen ViT, its blocks scanned, with dropout and without BatchNorm, from training to a report."""
     options = '{"depth": 2, "dim": 8, "heads": 2, "patch_size": 4, "dropout": 0.1, "scan": true}'
     more = ["--model.name", "vit", "--model.options", options, "--finetune.compare", "false", "--joint.steps", "3"]
-    more += ["--joint.random_rows", "1"]
+    more += ["--joint.random_rows", "1", "--joint.recompute", "true", "--finetune.recompute", "true"]
     command = ["--config", str(place / "tiny.py"), "--workdir", str(tmp_path / "vit"), *more]
     assert train.main(command) == 0
     table = load_importance(tmp_path / "vit" / "importance.json")

@@ -14,7 +14,19 @@ from reference import quantizer_formulas as formulas
 
 import search
 import train
-from mpq_jax import Bits, Refusal, build, checkpoint, flax_seam, joint, optimizers, policy, row_policies, stages
+from mpq_jax import (
+    Bits,
+    Refusal,
+    build,
+    checkpoint,
+    flax_seam,
+    joint,
+    optimizers,
+    policy,
+    recompute,
+    row_policies,
+    stages,
+)
 from mpq_jax import config as config_lib
 from mpq_jax.criteria.learned import learned
 from mpq_jax.numerics import decode
@@ -107,6 +119,23 @@ def test_joint_training_and_fine_tuning(name, tmp_path):
         state, metrics = tune(state, BATCH, jax.random.key(2), chosen)
         losses.append(float(metrics["losses"][0]))
     assert losses[-1] < losses[0] < np.mean(first[0])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_recomputed_gradients_are_the_kept_ones(name, backend, monkeypatch):
+    """Of every parameter and leaf, for rows under vmap; in the form for GPUs and TPUs, too, which runs on CPU as well."""
+    quantized, variables = calibrated(name)
+    monkeypatch.setattr(recompute, "on_cpu", lambda: backend == "cpu")
+
+    def loss(params, again):
+        own = {**variables, "params": params}
+        outputs = jax.vmap(lambda bits: quantized.apply(own, bits, BATCH["image"], recompute=again))
+        return jnp.square(outputs(uniform(quantized))).sum()
+
+    kept, again = (jax.jit(jax.value_and_grad(functools.partial(loss, again=a)))(variables["params"]) for a in (0, 1))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), kept, again)
+    assert sum(np.any(leaf) for leaf in jax.tree.leaves(again[1])) >= 4
 
 
 def test_indicators_are_spacings():

@@ -33,6 +33,7 @@ def finetuner(run: Run, teacher: Mapping[str, Any]) -> Callable[..., Mapping[str
         optimizer,
         distill=distill,
         average=settings.average,
+        recompute=settings.recompute,
         dropout=is_linen(model),
         layout=run.layout,
     )

@@ -59,6 +59,7 @@ def joint_train(run: Run, variables: Mapping[str, Any]) -> tuple[joint.TrainStat
         average=settings.average,
         dropout=is_linen(model),
         sliced=sliced(settings, len(names)),
+        recompute=settings.recompute,
         trained=optimizers.quantizer_leaves(model, "leaves") if settings.weights == "still" else None,
         layout=run.layout,
     )

@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := runs/demo
 # The persistent compilation cache makes the second of two runs of the same program compile nothing.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 1
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
 .PHONY: setup demo test soak lint docs notebook clean
 

@@ -1,8 +1,9 @@
 """XLA's programs kept on disk, so that a command that ran before compiles nothing. No JAX is imported for it.
 
 Where the user says nothing, commands keep them in ~/.cache/mpq_jax/compiled. JAX's own variable JAX_COMPILATION_CACHE_DIR
-names another folder, and empty none. Only what took a second to compile is kept. JAX tells apart versions, devices and
-programs, but not the kinds of CPU that share a home: each has a folder of its own here.
+names another folder, and empty none. What took a tenth of a second to compile is kept, in place of JAX's second: a run's
+many small programs are together as long as its large ones. JAX tells apart versions, devices and programs, but not the
+kinds of CPU that share a home: each has a folder of its own here.
 """
 
 import hashlib
@@ -11,11 +12,14 @@ import platform
 import sys
 from pathlib import Path
 
-VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+VARIABLE, LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+LEAST_SECONDS = 0.1
 
 
 def switch_on() -> None:
-    """Says to JAX where programs are kept, unless the user has, or the folder cannot be made."""
+    """Says to JAX where programs are kept, and which, unless the user has, or the folder cannot be made."""
+    if LEAST not in os.environ:
+        _say(LEAST, LEAST_SECONDS, 1.0)
     if VARIABLE in os.environ:
         return
     folder = _place()
@@ -23,15 +27,19 @@ def switch_on() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return
-    if not os.access(folder, os.W_OK):
-        return
+    if os.access(folder, os.W_OK):
+        _say(VARIABLE, str(folder), None)
+
+
+def _say(variable: str, value: str | float, unsaid: float | None) -> None:
+    """One of JAX's settings. unsaid: its value where nobody has said anything."""
     if "jax" not in sys.modules:
-        os.environ[VARIABLE] = str(folder)
+        os.environ[variable] = str(value)
         return
     import jax  # too late for the variable: a notebook, or a program that calls a command's main
 
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if jax.config.values[variable.lower()] == unsaid:
+        jax.config.update(variable.lower(), value)
 
 
 def _place() -> Path:

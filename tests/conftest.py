@@ -5,6 +5,7 @@ from pathlib import Path
 
 # As the Makefile has it: commands that tests call keep their programs here, not in the user's home.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest

@@ -11,7 +11,7 @@ from mpq_jax import compilation_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What a command does, then a program that takes over a second to compile; prints how many were found in the cache.
+# What a command does, then a program; prints how many were found in the cache, and how many seconds make one worth keeping.
 PROGRAM = """
 import sys
 if sys.argv[1] == "jax first":
@@ -21,20 +21,22 @@ compilation_cache.switch_on()
 import jax, jax.monitoring, jax.numpy as jnp
 found = []
 jax.monitoring.register_event_listener(lambda event, **_: found.append(event) if event.endswith("cache_hits") else None)
+least = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.jit(lambda x: jnp.tanh(x @ x).sum())(jnp.ones((8, 8)))
-print(len(found))
+print(len(found), least)
 """
 
 
-def run(home, *, jax_first=False, **variables) -> int:
-    """How many programs were found; home: of the user's cache."""
+def run(home, *, jax_first=False, least=0.1, **variables) -> int:
+    """How many programs were found; home: of the user's cache. least: the seconds that make a program worth keeping."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment |= {"XDG_CACHE_HOME": str(home), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **variables}
     words = [sys.executable, "-c", PROGRAM, "jax first" if jax_first else "-"]
-    return int(
-        subprocess.run(words, env=environment, check=True, capture_output=True, text=True, cwd=home.parent).stdout
-    )
+    done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True, cwd=home.parent)
+    found, seconds = done.stdout.split()
+    assert float(seconds) == least
+    return int(found)
 
 
 def test_the_second_run_compiles_nothing(tmp_path):
@@ -47,7 +49,7 @@ def test_the_second_run_compiles_nothing(tmp_path):
 def test_the_users_own_word_counts(tmp_path):
     assert run(tmp_path / "home", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == 0
     assert list((tmp_path / "mine").glob("*-cache"))
-    run(tmp_path / "home", JAX_COMPILATION_CACHE_DIR="")
+    run(tmp_path / "home", JAX_COMPILATION_CACHE_DIR="", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="3", least=3)
     assert {path.name for path in tmp_path.iterdir()} == {"mine"}
 
 

@@ -1,6 +1,6 @@
 """The ImageNet configs at 224x224 on made JPEGs: real steps for two models, ahead-of-time compilation for ResNet-50.
 
-  python benchmarks/imagenet_steps.py [--batch 4]
+  python benchmarks/imagenet_steps.py [--batch 4] [--recompute]
 
 A set of made images in TFDS's format of imagenet2012 is written to a temporary folder; `train.py` runs two float and
 two joint steps of ResNet-18 and of MobileNetV1 on it, with each config's own settings but for batch size and steps.
@@ -44,7 +44,7 @@ def real_steps(name: str, batch: int, data_dir: Path, workdir: Path) -> None:
     print(f"{name}: exit code {code}, two float and two joint steps of batch {batch} in {time.time() - began:.0f} s")
 
 
-def ahead_of_time(name: str, batch: int) -> None:
+def ahead_of_time(name: str, batch: int, recompute: bool) -> None:
     config = config_lib.load(ROOT / f"configs/{name}.py")
     features, classes = build.features(config)
     source, shape = build.float_model(config, classes), features["image"][0]
@@ -58,6 +58,7 @@ def ahead_of_time(name: str, batch: int) -> None:
         random=1,
         same_bits=True,
         rows_at_a_time=1,
+        recompute=recompute,
     )
     images = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -83,6 +84,7 @@ def ahead_of_time(name: str, batch: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--recompute", action="store_true", help="ResNet-50 with --joint.recompute")
     parser.add_argument("--only", choices=["imagenet_resnet18", "imagenet_mobilenetv1", "imagenet_resnet50"])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +94,7 @@ def main() -> None:
             if arguments.only in (None, name):
                 real_steps(name, arguments.batch, data_dir, Path(folder))
         if arguments.only in (None, "imagenet_resnet50"):
-            ahead_of_time("imagenet_resnet50", arguments.batch)
+            ahead_of_time("imagenet_resnet50", arguments.batch, arguments.recompute)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The proof's own parts, and that docs/results.md says what the committed lines say; no training."""
+"""The proof's own parts, and that docs/results.md says what the committed lines say; the stages on digits."""
 
 import itertools
 import json
@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import proof_cheaper, proof_contest, proof_document, proof_lines, proof_statistics, proof_tables
-from mpq_jax import build, config, costs
+from benchmarks import proof, proof_cheaper, proof_contest, proof_document, proof_lines, proof_statistics, proof_tables
+from mpq_jax import build, config, costs, importance
 from mpq_jax.types import Bits, Importance, Layer
 
 
@@ -132,3 +132,36 @@ def test_a_regret_computed_another_way():
     assert min(wanted) > -1e-6  # no policy beats the proven optimum of the full run's table
     # 18,000 of 300 steps x 6 rows x 64 samples: six slices of ten samples a step.
     assert (variant["samples"], full["samples"]) == (300 * 6 * 10, 300 * 6 * 64)
+
+
+def test_the_stages_on_digits(tmp_path, quick_compilation, capsys):
+    """Few steps of a small network: what the lines say, worked out again; a second call finds all of it done."""
+    command = ["--net", "digits", "--root", str(tmp_path), "--budgets", "W3A3", "--finetune_steps", "2", "--rows", "3"]
+    command += ["--policies", "3", "--samples", "24", "--sample_batches", "1", "--sample_size", "32"]
+    command += ["--stages", "learn", "random", "samples", "predicted", "accuracy"]
+    command += ["--contestants", "sampled", "learned", "constant", "reversed"]
+    command += ["--model.name", "cnn_nnx", "--model.options", '{"width": 0.25}', "--pretrain.steps", "20"]
+    command += ["--joint.steps", "40", "--joint.error_steps", "10", "--joint.alpha_policies", "8"]
+    command += ["--statistics_batches", "2", "--eval_batch_size", "100"]
+    assert proof.main(command) == 0
+    workdir = tmp_path / "digits" / "seed0"
+    written = (workdir / "lines.jsonl").read_text()
+    lines = proof_lines.Lines(workdir / "lines.jsonl").lines
+    table = importance.load_importance(workdir / "importance.json")
+    (budget,) = costs.parse_budgets(["bitops=W3A3"], table.layers, table.bit_widths, table.activation_bit_widths)
+    policies = [proof_lines.as_policy(bits, table) for bits in lines["random W3A3"]["policies"]]
+    assert all(0.98 < costs.used(budget, each, table) / budget.limit <= 1 for each in policies)
+    for bits, predicted in zip(
+        lines["random W3A3"]["policies"], lines["predicted W3A3 learned"]["values"], strict=True
+    ):
+        harm = [
+            table.alpha * of_w[w - 2] + of_a[a - 2]
+            for of_w, of_a, (w, a) in zip(table.weight, table.activation, bits, strict=True)
+        ]
+        assert predicted == pytest.approx(sum(harm))
+    assert (np.diff(lines["random W3A3"]["halves"], axis=1) != 0).all()
+    assert (np.array(lines["samples all"]["divergence"]) > 0).all()
+    for name in ("sampled", "learned", "constant", "reversed"):
+        assert proof_lines.result(lines, "W3A3", name)["steps"] == 2
+    assert proof_lines.best_uniform(lines, "W3A3") is not None and 0 < lines["float"]["test_accuracy"] < 1
+    assert proof.main(command) == 0 and (workdir / "lines.jsonl").read_text() == written

@@ -64,6 +64,7 @@ SUITE = [
     ({"precision": 32}, FOUR),
     ({"precision": 32, "processes": 2}, ("8x1", "1x6")),
     *(({"variant": v, "steps": 10}, ("8x1", "4x2f", "1x6")) for v in ("all rows at once", "distilled", "sliced")),
+    ({"variant": "recompute", "steps": 10}, ("4x2f",)),
     ({"quantizer": "lq_nets", "steps": 10}, ("8x1", "4x2f", "1x6")),
     ({"quantizer": "pact", "steps": 10}, ("4x2f",)),
 ]
@@ -156,6 +157,7 @@ def _train(job: Job, out: Path) -> None:
         "all rows at once": {},
         "distilled": {"distill": joint.Distill(0.5), "average": 0.9},
         "sliced": {"sliced": True, "rows_at_a_time": 1},
+        "recompute": {"recompute": True, "rows_at_a_time": 1},
     }[job.variant]
 
     def batch(step: int) -> Any:
@@ -302,7 +304,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--precision", type=int, choices=(32, 64), default=64)
     parser.add_argument("--quantizer", default="lsq")
-    parser.add_argument("--variant", default="plain", help='or "all rows at once", "distilled", "sliced"')
+    parser.add_argument("--variant", default="plain", help='or "all rows at once", "distilled", "sliced", "recompute"')
     parser.add_argument("--out", default="", help="where results are kept; default: nowhere")
     for hidden in ("--jobs", "--coordinator"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)

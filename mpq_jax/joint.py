@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from mpq_jax import flax_seam, parallel
+from mpq_jax.numerics import wide
 from mpq_jax.operands import with_state
 from mpq_jax.row_policies import as_rows, concatenate, random_bits
 from mpq_jax.tasks import Batch, Task, logits_of, random_streams
@@ -184,8 +185,8 @@ def _distilled(distill: Distill, losses, outputs, policies, batch, layout):
         (everyone, width), first = parallel.rows_everywhere((jax.lax.stop_gradient(outputs), width), layout)
         widest = jnp.argmax(width)
         teacher, is_teacher = everyone[widest][None], first + jnp.arange(losses.shape[0]) == widest
-    target = jax.lax.stop_gradient(jax.nn.log_softmax(teacher.astype(jnp.float32)))
-    mine = jax.nn.log_softmax(outputs.astype(jnp.float32))
+    target = jax.lax.stop_gradient(jax.nn.log_softmax(wide(teacher)))
+    mine = jax.nn.log_softmax(wide(outputs))
     divergence = (jnp.exp(target) * (target - mine)).sum(-1)
     divergence = divergence.reshape(*losses.shape, -1).mean(-1)
     mixed = (1 - distill.weight) * losses + distill.weight * divergence

@@ -10,6 +10,7 @@ from mpq_jax.export import replay
 from mpq_jax.export.fold import fold
 from mpq_jax.export.graph import Constant, graph
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CASES = [
     ("net", "lsq", False),
     ("net", "lsq", True),

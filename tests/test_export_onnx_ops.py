@@ -15,6 +15,7 @@ from mpq_jax.export import onnx as export
 from mpq_jax.quantizers import lsq
 from mpq_jax.types import Bits, Refusal
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SHAPE = (6, 4, 3)
 X = np.random.default_rng(0).normal(size=(5, *SHAPE)).astype(np.float32)
 

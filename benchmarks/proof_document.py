@@ -269,6 +269,9 @@ def document(runs: Runs, cheaper: Runs) -> str:
     names = {net: NAMES[net] for net in nets}
     values = proof_paper.values(runs, names, tuple(BUDGETS)) | proof_cheaper.values(cheaper, (*names, *DIGITS))
     values["pooled"] = pooled_table(runs, nets)
+    for field in ("accuracy", "test_accuracy"):
+        gains = over_budgets(runs, nets, "output_fisher", field)
+        values[f"over output_fisher {field}"] = cell(gains, 2, 100, sign=True)
     for net in nets:
         values |= {
             f"prediction {net}": prediction_table(runs, net),
@@ -284,7 +287,7 @@ def document(runs: Runs, cheaper: Runs) -> str:
             for name in PREDICTORS:
                 for after, word in ((False, "joint"), (True, "tuned")):
                     values[f"rho {net} {budget} {name} {word}"] = cell(correlations(runs, net, budget, name, after))
-        for budget in LEVELS:
+        for budget in BUDGETS:
             for name in CONTESTANTS:
                 gains = differences(runs, net, budget, name, min(3, accuracy_seeds(runs, net))) or differences(
                     runs, net, budget, name, 1

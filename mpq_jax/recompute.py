@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 
 def on_cpu() -> bool:
+    """Whether programs run on CPU where nothing else is said."""
     return jax.default_backend() == "cpu"
 
 

@@ -106,31 +106,6 @@ def test_ways_to_run_rows_change_nothing(stepped, options):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5), a, b)
 
 
-@pytest.mark.parametrize("rows_at_a_time", [0, 1])
-def test_recomputing_takes_less_memory(rows_at_a_time):
-    """What XLA plans for a step of three convolutions on large images, beside its arguments and results."""
-
-    class Convolutions(nn.Module):
-        @nn.compact
-        def __call__(self, x, train=False):
-            for i in range(3):
-                x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(8, (3, 3), name=f"conv{i}")(x)))
-            return nn.Dense(3, name="head")(x.mean((1, 2)))
-
-    batch = {**BATCH, "image": jnp.ones((8, 32, 32, 2))}
-    quantized = quantize(Convolutions(), batch["image"], bit_widths=WIDTHS)
-    variables = Convolutions().init(jax.random.key(0, impl="rbg"), batch["image"])
-    variables = jax.jit(quantized.calibrate)(variables, batch["image"])
-    state = joint.init_state(variables, SGD, 3)
-
-    def planned(recompute):
-        step = joint.make_step(quantized, TASK, SGD, rows_at_a_time=rows_at_a_time, recompute=recompute)
-        lowered = jax.jit(step).lower(state, batch, jax.random.key(0), uniform(quantized))
-        return lowered.compile().memory_analysis().temp_size_in_bytes
-
-    assert planned(True) < 0.85 * planned(False)
-
-
 def test_rows_at_a_time_must_divide(net):
     quantized, variables = net
     step = joint.make_step(quantized, TASK, SGD, rows_at_a_time=2)

@@ -158,17 +158,24 @@ def ceilings(runs: Runs, net: str) -> list[list[str]]:
         )
 
     return [
-        ["noise ceiling (reliability)", *(cell(f(b), 3) for b in PREDICTED for f in (before, after))],
-        ["the joint model's loss itself", *(x for b in PREDICTED for x in ("1", cell(joint_and_tuned(runs, net, b))))],
+        ["noise ceiling (reliability)", *(of_two(f(b), 3) for b in PREDICTED for f in (before, after))],
+        [
+            "the joint model's loss itself",
+            *(x for b in PREDICTED for x in ("1", of_two(joint_and_tuned(runs, net, b)))),
+        ],
     ]
+
+
+def of_two(values: Sequence[float], digits: int = 2) -> str:
+    """A cell of the tables of predictions, which show what two runs have at least."""
+    return cell(values, digits) if len(values) >= 2 else ""
 
 
 def prediction_table(runs: Runs, net: str) -> str:
     head = ["predicted by", *(f"{b}: {what}" for b in PREDICTED for what in ("joint loss", "fine-tuned"))]
     rows = ceilings(runs, net)
     for name, text in PREDICTORS.items():
-        found = [correlations(runs, net, b, name, after) for b in PREDICTED for after in (False, True)]
-        cells = [cell(values) if len(values) >= 2 else "" for values in found]
+        cells = [of_two(correlations(runs, net, b, name, after)) for b in PREDICTED for after in (False, True)]
         if any(cells):
             rows.append([text, *cells])
     return table(head, rows)

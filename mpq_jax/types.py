@@ -281,7 +281,7 @@ class QuantizedModel(NamedTuple):
         recompute=False, **kwargs) -> outputs, or (outputs, updates) as Linen's. A policy of None runs the float model.
         kernels: see `ops`. float_bits=True: bits above 16 leave a tensor in float. exact=True multiplies integer codes
         and scales the sums after; both are for evaluation. recompute=True: the backward pass puts the operands on their
-        grids once more in place of keeping them. With `terms` (of "error", "penalty", "state") one more
+        grids once more in place of keeping them (reverse mode only). With `terms` (of "error", "penalty", "state") one more
         result, {term: value}: what the quantizers measured on the way; see `operands.TERMS`.
         Raises Refusal for variables or a policy of another model, and where `calibrate` was not called.
     calibrate(variables, *inputs, **kwargs) -> variables with the quantizer's leaves set from one batch.

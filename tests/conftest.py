@@ -7,8 +7,8 @@ from pathlib import Path
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import jax
 import pytest
+import quick
 
 # Files that take longest, in seconds of one core: begun first, so that no worker is left alone with one at the end.
 LONGEST = (
@@ -33,14 +33,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For files that compile much and run little: XLA's programs as ever, their machine code not optimized. Programs that
-    they start compile so, too.
+    """For files that compile much and run little (quick.py). Programs that they start compile so, too.
 
     A file takes it with `pytestmark = pytest.mark.usefixtures("quick_compilation")`. Not for files about speed, or about
     equality to the last bit of what is run in different ways.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    yield
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
-    jax.config.update("jax_disable_most_optimizations", False)
+    with quick.compilation():
+        yield

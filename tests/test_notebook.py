@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import quick
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +60,8 @@ def test_it_runs_from_top_to_bottom_with_few_steps(tmp_path, monkeypatch):
     (tmp_path / "mpq_jax").symlink_to(ROOT / "mpq_jax")
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setenv("MPQ_NOTEBOOK_STEPS", "8")
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    for name, value in quick.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS", "cpu"))
     notebook = nbformat.read(NOTEBOOK, 4)
     resources = {"metadata": {"path": str(tmp_path / "notebooks")}}

@@ -23,8 +23,6 @@ from mpq_jax.export import onnx as export
 from mpq_jax.quantizers import lq_nets
 from mpq_jax.types import Bits, Refusal
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 # name -> (shape of an image, candidates, options)
 NETS = {

@@ -29,8 +29,11 @@ def apart(function: Callable[..., T], *arguments: Any) -> T:
     """
     results = jax.eval_shape(function, *arguments)
     true = lax.optimization_barrier(jnp.bool_(True))
-    zeros = jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)
-    return lax.cond(true, function, lambda *_: zeros, *arguments)
+
+    def never(*_: Any) -> Any:  # its zeros are made here, not outside, where XLA would fill them in memory each time
+        return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)
+
+    return lax.cond(true, function, never, *arguments)
 
 
 def recomputed(function: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any], jax.Array]:

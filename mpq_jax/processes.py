@@ -65,17 +65,19 @@ def started(settings: Parallel) -> Iterator[None]:
 def _farewell() -> None:
     """Behind the last barrier: process 0 goes when the others have said that they are past it, too.
 
-    It runs the service that tells them. Gone before one of four was told, that one took it for lost. All is done by now:
-    whoever falls silent here loses nothing, and is not waited for beyond `HEARTBEAT`.
+    It runs the service that tells them. Gone before one of four was told, that one took it for lost; so does one that still
+    listens to the service, which is why all take their leave of it here, and not at an exit that a program may cut short.
+    All is done by now: whoever falls silent here loses nothing, and is not waited for beyond `HEARTBEAT`.
     """
     import jax
 
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        if not first():
+        if first():
+            for i in range(1, jax.process_count()):
+                _client().blocking_key_value_get(f"mpq_jax/past/{i}", HEARTBEAT * 1000)
+        else:
             _client().key_value_set(f"mpq_jax/past/{jax.process_index()}", "")
-            return
-        for i in range(1, jax.process_count()):
-            _client().blocking_key_value_get(f"mpq_jax/past/{i}", HEARTBEAT * 1000)
+        jax.distributed.shutdown()
 
 
 def lost_another(error: BaseException) -> bool:

@@ -110,6 +110,19 @@ print(time.time())
 """
 
 
+# Process 0 ends without any farewell of Python's or JAX's, and process 1 lives on.
+ABRUPT = """
+import os, sys, time
+from mpq_jax import processes
+from mpq_jax.config import Parallel
+with processes.started(Parallel(coordinator=sys.argv[1], processes=2, process=int(sys.argv[2]))):
+    pass
+if sys.argv[2] == "1":
+    time.sleep(1.5)
+os._exit(0)
+"""
+
+
 def two(script: Path, text: str) -> list[subprocess.Popen]:
     """Two processes of a script, each given the address of process 0 and its own number."""
     script.write_text(text)
@@ -126,6 +139,12 @@ def test_process_0_goes_when_the_others_know_that_all_is_done(tmp_path):
     said = [process.communicate(timeout=300) for process in two(tmp_path / "slow.py", SLOW)]
     (first,), (told, _) = ([float(line) for line in out.splitlines()] for out, _ in said)
     assert first > told, said
+
+
+def test_process_0_may_go_without_more_ado_when_all_is_done(tmp_path):
+    pair = two(tmp_path / "abrupt.py", ABRUPT)
+    said = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
 
 
 def test_a_lost_process_ends_the_others(tmp_path):

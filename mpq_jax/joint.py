@@ -4,7 +4,7 @@ Float training is a stack of one row without bits, fine-tuning a stack of one po
 """
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -119,7 +119,7 @@ def joint_loss(
     recompute: bool = False,
     layout: parallel.Layout | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, Any, Any]]:
-    """The sum of the rows' losses (LIMPQ algorithm 1), all rows under one `jax.vmap`.
+    """The sum of the rows' losses (LIMPQ algorithm 1), all rows under one `jax.vmap`; a single row goes without.
 
     params: the parameter tree, shared by all rows. rows: their own values [P, ...], as in `TrainState`.
 
@@ -156,13 +156,30 @@ def joint_loss(
         outputs, *more = out if mutable or terms else (out,)
         return outputs, more[0] if mutable else {}, more[-1] if terms else {}
 
-    outputs, stats, measured = jax.vmap(forward, (0, 0, per_row))(rows, policies, batch)
-    losses = jax.vmap(task.loss, (0, per_row))(outputs, batch)
+    count = rows["index"].shape[0]
+    outputs, stats, measured = _over_rows(count, forward, (0, 0, per_row))(rows, policies, batch)
+    losses = _over_rows(count, task.loss, (0, per_row))(outputs, batch)
     if distill is not None:
         losses = _distilled(distill, losses, logits_of(outputs), policies, batch, layout)
     total = task_weight * losses + error_weight * measured.get("error", 0.0) + measured.get("penalty", 0.0)
     moved = jax.tree.map(lambda x: x.sum(0), measured.get("state", {}))
     return total.sum(), (losses, stats, moved)
+
+
+def _over_rows(count: int, function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
+    """jax.vmap(function, in_axes) over `count` rows. One row alone is the same function: without an axis of one through all
+    of the model, which is a fifth of the program to be compiled."""
+    if count > 1:
+        return jax.vmap(function, tuple(in_axes))
+
+    def one(*arguments: Any) -> Any:
+        own = [
+            argument if axis is None else jax.tree.map(lambda x: x.reshape(x.shape[1:]), argument)
+            for argument, axis in zip(arguments, in_axes, strict=True)
+        ]
+        return jax.tree.map(lambda x: x[None], function(*own))
+
+    return one
 
 
 def _terms(model: QuantizedModel, error_weight: float) -> tuple[str, ...]:
@@ -267,15 +284,15 @@ def make_step(
         grads, losses, stats, moved = gradients(state, policies, own, None if sliced else batch, rngs)
         metrics |= {"losses": losses, "gradient_norm": optax.global_norm(grads)}
         if trained is not None:
-            grads = _with_zeros(grads, state)
+            grads = _with_zeros(grads[0], state)
         return _moved_on(state, optimizer, grads, stats, moved, average), metrics
 
     return step if layout is None else parallel.laid_out(step, layout)
 
 
-def _with_zeros(grads, state: TrainState):
-    """Gradients of all parameters and affine copies, zeros where `grads`, of some of the parameters, has none."""
-    params = {path: grads[0].get(path, jnp.zeros_like(leaf)) for path, leaf in flax_seam.flatten(state.params).items()}
+def _with_zeros(some: Mapping[str, jax.Array], state: TrainState):
+    """Gradients of all parameters and affine copies: `some`, and zeros where that has none."""
+    params = {path: some.get(path, jnp.zeros_like(leaf)) for path, leaf in flax_seam.flatten(state.params).items()}
     return flax_seam.unflatten(params), jax.tree.map(jnp.zeros_like, state.rows["affine"])
 
 

@@ -42,6 +42,10 @@ class LayerSpec(NamedTuple):
     kind: str
     channels: int | None
 
+    def widths(self, kind: str) -> tuple[int, ...]:
+        """Those of "weight" or of "activation"."""
+        return self.weight_bit_widths if kind == "weight" else self.activation_bit_widths
+
 
 def leaf_paths(spec: LayerSpec, quantizer: Quantizer, kind: str, which: str = "all") -> dict[str, str]:
     """{leaf name: its path in the parameter tree} of a layer's quantizer leaves.

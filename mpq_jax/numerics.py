@@ -60,14 +60,15 @@ def integer_range(bits: jax.Array, signed: bool, narrow: bool = False) -> tuple[
 
 
 def at_bits(values: jax.Array, bit_widths: Sequence[int], bits: jax.Array) -> jax.Array:
-    """The entry of `values` [K, ...] that belongs to `bits` (int32 [], traced), as a sum with a one-hot vector.
+    """The entries of `values` [*S, K, ...] that belong to `bits` (int32 [*S], traced), as a sum under a one-hot mask.
 
-    A sum, not a gather: its gradient is an outer product, cheap under `vmap` over rows. Bits that are not in
-    `bit_widths` give NaN, so that a policy that was never validated cannot pass for a result.
+    A sum, not a gather: its gradient is a mask, cheap under `vmap` over rows. Bits that are not in `bit_widths` give NaN,
+    so that a policy that was never validated cannot pass for a result.
     """
-    hit = jnp.asarray(bit_widths, jnp.int32) == bits
-    chosen = jnp.tensordot(hit.astype(values.dtype), values, axes=1)
-    return jnp.where(hit.any(), chosen, jnp.nan)
+    hit = jnp.asarray(bit_widths, jnp.int32) == jnp.expand_dims(bits, -1)
+    masked = jnp.where(hit.reshape(*hit.shape, *[1] * (values.ndim - hit.ndim)), values, 0)
+    chosen, known = masked.sum(jnp.ndim(bits)), hit.any(-1)
+    return jnp.where(known.reshape(*known.shape, *[1] * (chosen.ndim - known.ndim)), chosen, jnp.nan)
 
 
 def decode(codes: jax.Array, decoding: Decoding) -> jax.Array:

@@ -11,7 +11,7 @@ from mpq_jax.interpret import Call
 from mpq_jax.layers import MAX_BITS, LayerSpec, leaf_paths
 from mpq_jax.mixture import mixture, one_hot
 from mpq_jax.numerics import at_bits, wide
-from mpq_jax.types import Decoding, Quantizer, TensorQuantizer, Values
+from mpq_jax.types import Bits, Decoding, Quantizer, TensorQuantizer, Values
 
 T = TypeVar("T")
 
@@ -27,14 +27,15 @@ TERMS = ("error", "penalty", "state")
 class Operand(NamedTuple):
     """A tensor in front of its product, with what its quantizer takes.
 
-    leaves: {name: [K, ...]}, the quantizer's leaves of this layer. place: shapes a leaf at one width to broadcast with x.
-    bits: as the policy has them, int32 [], or [C] for a weight with bits per output channel. grid_bits: the same, but a
+    leaves: {name: [K, ...]}, the quantizer's leaves of this layer. at: {name: [...]}, those at grid_bits; {} where each
+    output channel has bits of its own. place: shapes a leaf at one width to broadcast with x. bits: as the policy has them, int32 [], or [C] for a weight with bits per output channel. grid_bits: the same, but a
     width that a grid exists for where the policy says float, and which of them: in_float, or None where none can be.
     """
 
     quantizer: TensorQuantizer
     x: jax.Array
     leaves: Mapping[str, jax.Array]
+    at: Mapping[str, jax.Array]
     place: Callable[[jax.Array], jax.Array]
     widths: tuple[int, ...]
     bits: jax.Array
@@ -45,7 +46,7 @@ class Operand(NamedTuple):
     @property
     def values(self) -> dict[str, jax.Array]:
         """The leaves at the bits of this call, one width for the whole tensor."""
-        return {name: self.place(at_bits(leaf, self.widths, self.grid_bits)) for name, leaf in self.leaves.items()}
+        return {name: self.place(leaf) for name, leaf in self.at.items()}
 
     def call(self, function: Callable[[jax.Array, Values, jax.Array, bool], T], x: jax.Array | None = None) -> T:
         """One of the quantizer's functions on the tensor, or on `x` in its place."""
@@ -53,8 +54,36 @@ class Operand(NamedTuple):
 
     def on_grid(self) -> jax.Array:
         """x_hat; x itself where the bits say float."""
-        x_hat = self._by_channel() if jnp.ndim(self.bits) else self.call(self.quantizer.fake_quant)
+        return self._or_float(self._by_channel() if jnp.ndim(self.bits) else self.call(self.quantizer.fake_quant))
+
+    def on_grid_with_error(self, samples: int) -> tuple[jax.Array, jax.Array]:
+        """(x_hat as above, `error` of it), in one pass over x where the quantizer has such a thing."""
+        if self.quantizer.with_error is None or jnp.ndim(self.bits):
+            return self.on_grid(), self.error(samples)
+        x_hat, error = self.quantizer.with_error(self.x, self.values, self.grid_bits, self.signed, samples)
+        return self._or_float(x_hat), self._if_on_grid(error)
+
+    def error(self, samples: int) -> jax.Array:
+        """sum (x_hat - x)^2 / sum x^2 over the first `samples` of the leading axis, []; its gradient reaches the trained
+        leaves only. 0 where there are none."""
+        if not self.quantizer.leaves:
+            return jnp.zeros(())
+        assert self.quantizer.fit is not None
+        x = wide(jax.lax.stop_gradient(self.x[:samples]))
+        power = jnp.square(x).sum()
+        error = jnp.square(self.call(self.quantizer.fit, x) - x).sum() / jnp.where(power > 0, power, x.size)
+        return self._if_on_grid(error)
+
+    def _or_float(self, x_hat: jax.Array) -> jax.Array:
         return x_hat if self.in_float is None else jnp.where(self.place(self.in_float), self.x, x_hat)
+
+    def _if_on_grid(self, term: jax.Array) -> jax.Array:
+        return term if self.in_float is None else jnp.where(self.in_float, 0, term)
+
+    def at_width(self, k: int) -> "Operand":
+        """The whole tensor at the k-th of its widths."""
+        bits = jnp.int32(self.widths[k])
+        return self._replace(bits=bits, grid_bits=bits, at={name: leaf[k] for name, leaf in self.leaves.items()})
 
     def encoded(self) -> tuple[jax.Array, Decoding]:
         """(codes, their decoding); bits per output channel: each channel's own. For tensors that are not in float."""
@@ -62,12 +91,11 @@ class Operand(NamedTuple):
             return self.call(self.quantizer.encode), self.call(self.quantizer.decoding)
         codes, scale, offset = jnp.zeros(self.x.shape, jnp.int32), jnp.full((), jnp.nan), 0.0
         for k, width in enumerate(self.widths):
-            values = {name: self.place(leaf[k]) for name, leaf in self.leaves.items()}
-            at = (self.x, values, jnp.int32(width), self.signed)
-            decoding, mine = self.quantizer.decoding(*at), self.place(self.bits == width)
+            whole, mine = self.at_width(k), self.place(self.bits == width)
+            decoding = whole.call(self.quantizer.decoding)
             if decoding.table is not None:
                 return codes, decoding  # which products of codes refuse
-            codes = jnp.where(mine, self.quantizer.encode(*at), codes)
+            codes = jnp.where(mine, whole.call(self.quantizer.encode), codes)
             scale, offset = jnp.where(mine, decoding.scale, scale), decoding.offset
         return codes, Decoding(scale, offset)
 
@@ -85,10 +113,9 @@ class Operand(NamedTuple):
 def operand_of(
     call: Call, spec: LayerSpec, quantizer: Quantizer, kind: str, x: jax.Array, value: Any, float_bits: bool = False
 ) -> Operand:
-    """One operand of a layer's product. value: its leaves and bits. float_bits: whether any bits may say float."""
+    """One operand of a layer's product. value: an entry of `looked_up`. float_bits: whether any bits may say float."""
     weight = kind == "weight"
-    widths = spec.weight_bit_widths if weight else spec.activation_bit_widths
-    bits = value["bits"].w if weight else value["bits"].a
+    widths, bits = spec.widths(kind), value["bits"].w if weight else value["bits"].a
     in_float = bits > MAX_BITS if float_bits or any(spec.in_float) else None
 
     def place(leaf: jax.Array) -> jax.Array:
@@ -98,14 +125,48 @@ def operand_of(
         quantizer=getattr(quantizer, kind),
         x=x,
         leaves=value[kind],
+        at=value["at"][kind],
         place=place,
         widths=widths,
         bits=bits,
-        # Where one layer of a stack is left in float its grid is worked out all the same, and not used.
-        grid_bits=bits if in_float is None else jnp.where(in_float, widths[0], bits),
+        grid_bits=bits if in_float is None else _on_some_grid(bits, widths),
         in_float=in_float,
         signed=weight or spec.signed,
     )
+
+
+def _on_some_grid(bits: jax.Array, widths: Sequence[int]) -> jax.Array:
+    """Where one layer of a stack is left in float its grid is worked out all the same, and not used."""
+    return jnp.where(bits > MAX_BITS, widths[0], bits)
+
+
+def looked_up(
+    specs: Mapping[str, LayerSpec],
+    leaves: Mapping[str, Mapping[str, Mapping[str, jax.Array]]],
+    bits: Mapping[str, Bits],
+    float_bits: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """leaf -> its quantizers' leaves, "bits", and "at": the leaves at those bits, as `operand_of` takes them.
+
+    leaves: as `quantized_model.learned_leaves` has them. bits: of each, Bits([*stack], [*stack]), or w [*stack, C].
+    """
+
+    def at(leaf: str, kind: str, width: jax.Array) -> dict[str, jax.Array]:
+        spec = specs[leaf]
+        if jnp.ndim(width) > len(spec.stack):  # an output channel each
+            return {}
+        widths = spec.widths(kind)
+        some = _on_some_grid(width, widths) if float_bits or any(spec.in_float) else width
+        return {name: at_bits(value, widths, some) for name, value in leaves[leaf][kind].items()}
+
+    return {
+        leaf: {
+            **of,
+            "bits": bits[leaf],
+            "at": {"weight": at(leaf, "weight", bits[leaf].w), "activation": at(leaf, "activation", bits[leaf].a)},
+        }
+        for leaf, of in leaves.items()
+    }
 
 
 # (tensor, bits) -> the tensor on its grid
@@ -147,30 +208,20 @@ def tapped(term: str, operands: Mapping[str, Operand], value: Any) -> Any:
     if term == "penalty":
         parts = [_penalty(operand) for operand in operands.values()]
     else:
-        # An eighth of the batch is enough to tell an activation's error.
-        activation = operands["activation"].x
-        sample = activation[: max(1, activation.shape[0] // 8)]
-        samples = {"weight": operands["weight"].x, "activation": sample}
-        parts = [_relative_error(operand, samples[kind]) for kind, operand in operands.items()]
+        parts = [operand.error(samples(kind, operand)) for kind, operand in operands.items()]
     return sum(parts, jnp.zeros(()))
 
 
-def _relative_error(operand: Operand, x: jax.Array) -> jax.Array:
-    """mean (x_hat - x)^2 / mean x^2, []; its gradient reaches the trained leaves only. 0 where there are none."""
-    if not operand.quantizer.leaves:
-        return jnp.zeros(())
-    assert operand.quantizer.fit is not None
-    x = wide(jax.lax.stop_gradient(x))
-    power = jnp.square(x).mean()
-    error = jnp.square(operand.call(operand.quantizer.fit, x) - x).mean() / jnp.where(power > 0, power, 1)
-    return error if operand.in_float is None else jnp.where(operand.in_float, 0, error)
+def samples(kind: str, operand: Operand) -> int:
+    """How many entries of the leading axis an operand's error is measured on: an eighth of a batch is enough to tell."""
+    size = operand.x.shape[0]
+    return size if kind == "weight" else max(1, size // 8)
 
 
 def _penalty(operand: Operand) -> jax.Array:
     if operand.quantizer.penalty is None:
         return jnp.zeros(())
-    penalty = operand.quantizer.penalty(operand.values, operand.grid_bits, operand.signed)
-    return penalty if operand.in_float is None else jnp.where(operand.in_float, 0, penalty)
+    return operand._if_on_grid(operand.quantizer.penalty(operand.values, operand.grid_bits, operand.signed))
 
 
 def _next_state(operand: Operand, leaves: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:

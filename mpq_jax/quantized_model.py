@@ -26,7 +26,7 @@ from mpq_jax.layers import (
     leaf_paths,
     spec_of,
 )
-from mpq_jax.operands import Operand, gathered, operand_of, tapped
+from mpq_jax.operands import Operand, gathered, looked_up, operand_of, samples, tapped
 from mpq_jax.quantizers import lsq
 from mpq_jax.recompute import recomputed
 from mpq_jax.rules import Candidates, Rules, check_rules
@@ -156,7 +156,7 @@ def _calls(walk: Walk, specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> 
         recompute: bool = False,
         **kwargs: Any,
     ) -> Any:
-        values = {} if policy is None else layer_values(specs, quantizer, variables, policy)
+        values = {} if policy is None else layer_values(specs, quantizer, variables, policy, float_bits)
         handler = _quantizing(specs, quantizer, kernels, terms, float_bits, exact, recompute)
         outputs, updates, taps = walk(variables, values, handler, inputs, kwargs, mutable, rngs)
         result: tuple[Any, ...] = (outputs, updates) if mutable else (outputs,)
@@ -206,11 +206,16 @@ def learned_leaves(
 
 
 def layer_values(
-    specs: Mapping[str, LayerSpec], quantizer: Quantizer, variables: Variables, policy: Policy
+    specs: Mapping[str, LayerSpec],
+    quantizer: Quantizer,
+    variables: Variables,
+    policy: Policy,
+    float_bits: bool = False,
 ) -> dict[str, Any]:
-    """`learned_leaves` and, beside them, "bits": Bits([*stack], [*stack]): what `operands.operand_of` takes a layer's of."""
-    values = learned_leaves(specs, quantizer, variables)
-    return {leaf: value | {"bits": _stack_bits(specs[leaf], policy)} for leaf, value in values.items()}
+    """`learned_leaves`, and what `operands.looked_up` adds for a policy: what `operands.operand_of` takes a layer's of."""
+    leaves = learned_leaves(specs, quantizer, variables)
+    bits = {leaf: _stack_bits(specs[leaf], policy) for leaf in leaves}
+    return looked_up(specs, leaves, bits, float_bits)
 
 
 def _stack_bits(spec: LayerSpec, policy: Policy) -> Bits:
@@ -229,8 +234,10 @@ def _stack_bits(spec: LayerSpec, policy: Policy) -> Bits:
             f"layer {spec.paths[0]!r} has {has} output channels, and the policy gives its weights bits of shape "
             f"{w[0].shape}; give one number a channel, or one for all"
         )
-    a = jnp.stack([jnp.asarray(b.a, jnp.int32) for b in each])
-    return Bits(jnp.stack(w).reshape(*spec.stack, *w[0].shape), a.reshape(spec.stack))
+    a = [jnp.asarray(b.a, jnp.int32) for b in each]
+    if not spec.stack:
+        return Bits(w[0], a[0])
+    return Bits(jnp.stack(w).reshape(*spec.stack, *w[0].shape), jnp.stack(a).reshape(spec.stack))
 
 
 def _quantizing(
@@ -261,22 +268,28 @@ def _quantizing(
             x = {"weight": sides[call.weight_side], "activation": sides[1 - call.weight_side]}
             return {kind: operand_of(call, spec, quantizer, kind, x[kind], value, float_bits) for kind in x}
 
+        def product_of(weight: jax.Array, activation: jax.Array) -> jax.Array:
+            return product(weight, activation) if call.weight_side == 0 else product(activation, weight)
+
         def product_on_grids(operands: Mapping[str, Operand]) -> jax.Array:
-            inputs = [lhs, rhs]
-            inputs[call.weight_side], inputs[1 - call.weight_side] = (each.on_grid() for each in operands.values())
-            return product(*inputs)
+            return product_of(operands["weight"].on_grid(), operands["activation"].on_grid())
 
         operands = operands_of((lhs, rhs), value)
         if exact and all(each.in_float is None for each in operands.values()):
             encoded = (operands["weight"].encoded(), operands["activation"].encoded())
             at = (call.primitive, call.params, call.weight_side, call.channel_axes)
             return product_of_codes(*at, *encoded, spec.paths[0]), None
-        tap = {term: tapped(term, operands, value) for term in terms} or None
+        together = "error" in terms and not recompute
+        tap = {term: tapped(term, operands, value) for term in terms if not (together and term == "error")}
+        if together:
+            each = {kind: x.on_grid_with_error(samples(kind, x)) for kind, x in operands.items()}
+            (weight, of_weight), (activation, of_activation) = each["weight"], each["activation"]
+            return product_of(weight, activation), tap | {"error": of_weight + of_activation}
         if not recompute:
-            return product_on_grids(operands), tap
-        leaves = {kind: value[kind] for kind in operands}
+            return product_on_grids(operands), tap or None
+        moving = {name: part for name, part in value.items() if name != "bits"}
         run = recomputed(lambda moving, bits: product_on_grids(operands_of(moving[0], moving[1] | {"bits": bits})))
-        return run(((lhs, rhs), leaves), value["bits"]), tap
+        return run(((lhs, rhs), moving), value["bits"]), tap or None
 
     return handler
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax.numerics import decode
+from mpq_jax.numerics import at_bits, decode
 from mpq_jax.operands import Operand, fake_quants, gathered, place_on_channels, tapped, with_state
 from mpq_jax.quantizers import lq_nets, lsq, pact
 
@@ -31,7 +31,8 @@ def operand(quantizer, x, leaves, bits, in_float=None, signed=True, axes=AXES):
     def place(leaf):
         return leaf if axes is None else place_on_channels(leaf, x, axes)
 
-    return Operand(quantizer, x, leaves, place, WIDTHS, bits, grid_bits, in_float, signed)
+    at = {} if bits.ndim else {name: at_bits(leaf, WIDTHS, grid_bits) for name, leaf in leaves.items()}
+    return Operand(quantizer, x, leaves, at, place, WIDTHS, bits, grid_bits, in_float, signed)
 
 
 # ---- grids ----------------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def test_errors_by_hand():
     np.testing.assert_allclose(tapped("error", operands, None), expected, rtol=1e-5)
 
     def error(w, leaf):
-        moved = operands["weight"]._replace(x=w, leaves={"step_size": leaf})
+        moved = operand(lsq().weight, w, {"step_size": leaf}, 3)
         return tapped("error", {"weight": moved, "activation": operands["activation"]}, None)
 
     of_w, of_leaf = jax.grad(error, (0, 1))(jnp.float32(W), jnp.float32(steps["step_size"]))
@@ -127,6 +128,27 @@ def test_errors_by_hand():
     alone = tapped("error", {"weight": operands["weight"]} | {"activation": operands["activation"]}, None)
     weightless = operands["activation"]._replace(x=jnp.zeros((16, 6)))
     assert float(alone) > 0 == float(tapped("error", {"weight": operands["weight"], "activation": weightless}, None))
+
+
+@pytest.mark.parametrize("samples", [2, 16])
+@pytest.mark.parametrize(
+    "options", [{}, {"ewgs": True}, {"power_of_two": True}, {"gradient_scale": False}, {"per_channel": True}]
+)
+def test_grid_and_error_in_one_pass_are_those_of_two(options, samples):
+    """Values, and the gradients of a sum that takes both, to x and to the step sizes."""
+    weight = lsq(**options).weight
+    x, steps = RNG.normal(size=(16, 6)), RNG.uniform(0.1, 0.5, (3, 6) if options.get("per_channel") else 3)
+    passed = jnp.asarray(RNG.normal(size=x.shape), jnp.float32)
+
+    def total(x, leaf, together):
+        own = operand(weight, x, {"step_size": leaf}, 3, axes=(1,))
+        x_hat, error = own.on_grid_with_error(samples) if together else (own.on_grid(), own.error(samples))
+        return (x_hat * passed).sum() + 100 * error, (x_hat, error)
+
+    arguments = jnp.float32(x), jnp.float32(steps)
+    one, two = (jax.value_and_grad(total, (0, 1), has_aux=True)(*arguments, together) for together in (True, False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, two)
+    assert one[1][1].any()
 
 
 def test_penalties_by_hand():

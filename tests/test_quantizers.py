@@ -254,6 +254,23 @@ def test_equals_the_paper_in_float64(name, kind, signed):
             assert np.abs(expected[1]).max() > 0
 
 
+def test_the_ends_of_lsq_s_range_belong_to_it():
+    """Values on the outermost grid points have the gradients of the inside, whatever x / s rounds to; the next ones do not."""
+    steps = jnp.asarray(np.random.default_rng(1).uniform(1e-3, 3, 300), jnp.float32)
+    bits, quantizer = jnp.int32(4), VARIANTS["lsq"].weight
+
+    def gradients(x, s):
+        return jax.grad(lambda x, s: quantizer.fake_quant(x[None], {"step_size": s}, bits, True).sum(), (0, 1))(x, s)
+
+    for end in (-8, 7):
+        x = steps * end
+        d_x, d_s = jax.jit(jax.vmap(gradients))(x, steps)
+        assert (d_x == 1).all() and (d_s == 0).all()
+        d_x, d_s = jax.jit(jax.vmap(gradients))(jnp.nextafter(x, x * 2), steps)
+        np.testing.assert_allclose(d_s, end / np.sqrt(7), rtol=1e-6)
+        assert (d_x == 0).all()
+
+
 def test_ewgs_changes_gradients_alone():
     x, up = tensor(True), tensor(True, 1)
     results = [

@@ -112,7 +112,7 @@ def _whole(operand: Operand) -> tuple[jax.Array, Decoding]:
 def _by_channel(operand: Operand) -> tuple[jax.Array, Decoding]:
     """As `_whole`, each output channel with the codes and the decoding of the whole tensor at the channel's bits."""
     hits = jax.vmap(operand.place)(one_hot(operand.grid_bits, operand.widths)) > 0
-    each = [_whole(operand._replace(bits=b, grid_bits=b)) for b in map(jnp.int32, operand.widths)]
+    each = [_whole(operand.at_width(k)) for k in range(len(operand.widths))]
     chosen = each[0]
     for hit, other in zip(hits[1:], each[1:], strict=True):
         chosen = jax.tree.map(lambda new, old, hit=hit: jnp.where(hit, new, old), other, chosen)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from mpq_jax.quantizers.starts import check_start, same_spacing
 from mpq_jax.types import Decoding, Quantizer, TensorQuantizer, Values
 
 EWGS_DELTA = 1e-3
-Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]  # x, step_size, q_n, q_p, g
+# x, x_hat (None: worked out again), step_size, q_n, q_p, g
+Residuals = tuple[jax.Array, jax.Array | None, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -26,35 +27,124 @@ def fake_quant(
     d x_hat / d s = g * (round(x/s) - x/s inside, -Q_N below, Q_P above).
     delta: not 0, the rounding passes its gradient G on as  G (1 + delta sign(G) (v - round v)), v = x/s  (Lee et al.,
     "Network Quantization with Element-wise Gradient Scaling", CVPR 2021) in place of G: the straight-through estimator.
-    One custom rule instead of a chain of small ones: both gradients come from one pass over x, and nothing but x is
-    kept for it.
+    One custom rule instead of a chain of small ones: both gradients come from one pass over x and x_hat, and nothing
+    else is kept for it.
     """
-    v = wide(x) / step_size
-    return narrow(jnp.round(jnp.clip(v, -q_n, q_p)) * step_size, x.dtype)
+    return narrow(_on_grid(x, step_size, q_n, q_p), x.dtype)
+
+
+def _on_grid(x: jax.Array, step_size: jax.Array, q_n: jax.Array, q_p: jax.Array) -> jax.Array:
+    """x_hat, wide."""
+    clipped = jnp.clip(wide(x) / step_size, -q_n, q_p)
+    return jnp.round(clipped) * step_size
+
+
+def _kept(x: jax.Array, x_hat: jax.Array, *scalars: jax.Array) -> Residuals:
+    # The product that x_hat goes to keeps it, too. Of narrower x_hat the difference to x is lost in its rounding.
+    step_size, q_n, q_p, g = scalars
+    return x, x_hat if x_hat.dtype == wide(x_hat).dtype else None, step_size, q_n, q_p, g
 
 
 def _forward(
     x: jax.Array, step_size: jax.Array, q_n: jax.Array, q_p: jax.Array, g: jax.Array, delta: float
 ) -> tuple[jax.Array, Residuals]:
-    return fake_quant(x, step_size, q_n, q_p, g, delta), (x, step_size, q_n, q_p, g)
+    x_hat = fake_quant(x, step_size, q_n, q_p, g, delta)
+    return x_hat, _kept(x, x_hat, step_size, q_n, q_p, g)
 
 
-def _backward(delta: float, residuals: Residuals, gradient: jax.Array) -> Residuals:
-    x, step_size, q_n, q_p, g = residuals
-    v = wide(x) / step_size
-    inside = (v >= -q_n) & (v <= q_p)
-    if delta:
-        factor = 1 + delta * jnp.sign(wide(gradient)) * (v - jnp.round(v))
-        d_step = jnp.where(inside, jnp.round(v) - v * factor, jnp.clip(v, -q_n, q_p))
-        d_x = jnp.where(inside, wide(gradient) * factor, 0).astype(x.dtype)
+def _backward(delta: float, residuals: Residuals, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+    return _gradients(residuals, delta, gradient, lambda gradient, off: gradient)
+
+
+def _gradients(
+    residuals: Residuals, delta: float, gradient: jax.Array, more: Callable[[jax.Array, jax.Array], jax.Array]
+) -> tuple[jax.Array | None, ...]:
+    """The gradients of `fake_quant`'s arguments.
+
+    more(G, x_hat - x): G, the gradient of x_hat or 0, and what is to be added to it for the step size.
+    In units of x, times 1 / s at the end: s d x_hat / d s = x_hat - x inside, x_hat outside. Divisions element by element,
+    and whatever does not take G, XLA's CPU backend would do in the forward pass, and keep: a quarter of a step's memory.
+    """
+    narrow_x, x_hat, step_size, q_n, q_p, g = residuals
+    x = wide(narrow_x)
+    if x_hat is None:
+        x_hat = _on_grid(x, step_size, q_n, q_p)
+    inside, off = (x >= -q_n * step_size) & (x <= q_p * step_size), x_hat - x
+    if not delta:
+        d_x, every = jnp.where(inside, gradient, 0), more(wide(gradient), off)
+        total = jnp.where(inside, every * off, every * x_hat)
     else:
-        d_step = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, -q_n, q_p))
-        d_x = jnp.where(inside, gradient, 0).astype(x.dtype)
-    d_step_size = sum_to(wide(gradient) * d_step, step_size.shape) * g
-    return d_x, d_step_size.astype(step_size.dtype), jnp.zeros_like(q_n), jnp.zeros_like(q_p), jnp.zeros_like(g)
+        # Each gradient by itself: the factor takes its sign.
+        parts = [wide(gradient), more(jnp.zeros_like(off), off)]
+        factors = [1 - delta * jnp.sign(part) * (off / step_size) for part in parts]
+        d_x = jnp.where(inside, parts[0] * factors[0], 0)
+        each = [part * jnp.where(inside, x_hat - x * f, x_hat) for part, f in zip(parts, factors, strict=True)]
+        total = functools.reduce(jnp.add, each)
+    d_step_size = sum_to(total, step_size.shape) * (g / step_size)
+    return d_x.astype(narrow_x.dtype), d_step_size.astype(step_size.dtype), None, None, None
 
 
 fake_quant.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def with_error(
+    x: jax.Array,
+    step_size: jax.Array,
+    q_n: jax.Array,
+    q_p: jax.Array,
+    g: jax.Array,
+    delta: float,
+    samples: int,
+    error_scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """(fake_quant of these arguments, error []).
+
+    error: sum (x_hat - x)^2 / sum x^2 over the first `samples` of x's leading axis; its gradient reaches the step size
+    alone, times g * error_scale. Both gradients come from one pass over x: two were an eighth of a joint step's program.
+    """
+    return _forward_with_error(x, step_size, q_n, q_p, g, delta, samples, error_scale)[0]
+
+
+def _forward_with_error(
+    x: jax.Array,
+    step_size: jax.Array,
+    q_n: jax.Array,
+    q_p: jax.Array,
+    g: jax.Array,
+    delta: float,
+    samples: int,
+    error_scale: float,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Residuals, jax.Array]]:
+    x_hat = _on_grid(x, step_size, q_n, q_p)
+    part = wide(x[:samples])
+    power = jnp.square(part).sum()
+    power = jnp.where(power > 0, power, part.size)
+    error = jnp.square(x_hat[:samples] - part).sum() / power
+    x_hat = narrow(x_hat, x.dtype)
+    return (x_hat, error), (_kept(x, x_hat, step_size, q_n, q_p, g), power)
+
+
+def _backward_with_error(
+    delta: float,
+    samples: int,
+    error_scale: float,
+    residuals: tuple[Residuals, jax.Array],
+    gradients: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array | None, ...]:
+    kept, power = residuals
+    gradient, of_error = gradients
+
+    def more(gradient: jax.Array, off: jax.Array) -> jax.Array:
+        both = gradient + (2 * error_scale * of_error / power) * off  # d error / d x_hat
+        if samples == off.shape[0]:
+            return both
+        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, off.shape, 0) < samples, both, gradient)
+
+    return _gradients(kept, delta, gradient, more)
+
+
+with_error.defvjp(_forward_with_error, _backward_with_error)
 
 
 def weight_start(w: jax.Array, bits: int, channel_axes: tuple[int, ...] = ()) -> jax.Array:
@@ -125,13 +215,26 @@ def lsq(
     def code_range(bits: jax.Array, signed: bool, weight: bool) -> tuple[jax.Array, jax.Array]:
         return integer_range(bits, signed, narrow and weight)
 
-    def run(x: jax.Array, values: Values, bits: jax.Array, signed: bool, weight: bool) -> jax.Array:
+    delta = EWGS_DELTA if ewgs else 0.0
+
+    def scalars(x: jax.Array, values: Values, bits: jax.Array, signed: bool, weight: bool) -> tuple[jax.Array, ...]:
+        """step_size, q_n, q_p, g"""
         q_n, q_p = code_range(bits, signed, weight)
         step_size = in_use(values["step_size"])
         elements = x.size / step_size.size
         # In the step size's own type: in float64 a float32 root would differ between one row and many.
         g = 1 / jnp.sqrt(q_p.astype(step_size.dtype) * elements) if gradient_scale else jnp.ones_like(q_p)
-        return fake_quant(x, step_size, q_n, q_p, g, EWGS_DELTA if ewgs else 0.0)
+        return step_size, q_n, q_p, g
+
+    def run(x: jax.Array, values: Values, bits: jax.Array, signed: bool, weight: bool) -> jax.Array:
+        return fake_quant(x, *scalars(x, values, bits, signed, weight), delta)
+
+    def run_with_error(
+        x: jax.Array, values: Values, bits: jax.Array, signed: bool, samples: int, weight: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        # `fit` on the samples alone has a g of its own, by their elements.
+        error_scale = math.sqrt(x.shape[0] / samples) if gradient_scale else 1.0
+        return with_error(x, *scalars(x, values, bits, signed, weight), delta, samples, error_scale)
 
     def encode(x: jax.Array, values: Values, bits: jax.Array, signed: bool, weight: bool) -> jax.Array:
         q_n, q_p = code_range(bits, signed, weight)
@@ -156,6 +259,7 @@ def lsq(
             decoding=decoding,
             indicator=indicator,
             fit=functools.partial(run, weight=weight),
+            with_error=functools.partial(run_with_error, weight=weight),
         )
 
     return Quantizer("lsq", tensor_quantizer(True), tensor_quantizer(False))

@@ -28,7 +28,8 @@ class Operand(NamedTuple):
     """A tensor in front of its product, with what its quantizer takes.
 
     leaves: {name: [K, ...]}, the quantizer's leaves of this layer. at: {name: [...]}, those at grid_bits; {} where each
-    output channel has bits of its own. place: shapes a leaf at one width to broadcast with x. bits: as the policy has them, int32 [], or [C] for a weight with bits per output channel. grid_bits: the same, but a
+    output channel has bits of its own. place: shapes a leaf at one width to broadcast with x.
+    bits: as the policy has them, int32 [], or [C] for a weight with bits per output channel. grid_bits: the same, but a
     width that a grid exists for where the policy says float, and which of them: in_float, or None where none can be.
     """
 

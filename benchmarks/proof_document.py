@@ -22,7 +22,7 @@ from benchmarks.proof_statistics import Runs, cell, of_runs, reliability, spearm
 LINES, DOCUMENT = Path("docs/results/proof.jsonl"), Path("docs/results.md")
 CHEAPER = LINES.with_name("cheaper.jsonl")
 NAMES = {"resnet8": "ResNet-8", "mobilenetv1": "MobileNetV1-0.25"}
-SEEDS = {"resnet8": 3, "mobilenetv1": 3}  # an accuracy is shown where so many seeds have it, from 0 on
+SEEDS = 3  # an accuracy is shown where so many seeds have it, from 0 on
 # Of these cheaper joint trainings alone were measured: ResNet-8 and a ViT on digits, and ResNet-8 with batches of 30.
 DIGITS = ("digits", "digits_vit", "digits_small")
 # (name of a predictor, what it is)
@@ -121,6 +121,11 @@ def tuned(lines: Mapping[str, Any], budget: str) -> list[dict[str, Any]]:
     return found
 
 
+def drawn(lines: Mapping[str, Any], budget: str) -> Mapping[str, Any]:
+    """The line of the random policies at a budget; a run of which accuracies alone were measured has none."""
+    return lines.get(f"random {budget}", {"loss": [], "halves": []})
+
+
 def correlations(runs: Runs, net: str, budget: str, name: str, after: bool) -> list[float]:
     """Rank correlation of predicted harm and measured loss, a number a seed. after: a short fine-tuning."""
     found = []
@@ -128,7 +133,7 @@ def correlations(runs: Runs, net: str, budget: str, name: str, after: bool) -> l
         key = f"predicted {budget} {name}"
         if own != net or key not in lines:
             continue
-        losses = [one["loss"] for one in tuned(lines, budget)] if after else lines[f"random {budget}"]["loss"]
+        losses = [one["loss"] for one in tuned(lines, budget)] if after else drawn(lines, budget)["loss"]
         if losses:
             found.append(spearman(lines[key]["values"][: len(losses)], losses))
     return found
@@ -139,7 +144,7 @@ def joint_and_tuned(runs: Runs, net: str, budget: str) -> list[float]:
 
     def one(lines):
         found = [each["loss"] for each in tuned(lines, budget)]
-        return spearman(lines[f"random {budget}"]["loss"][: len(found)], found) if found else None
+        return spearman(drawn(lines, budget)["loss"][: len(found)], found) if found else None
 
     return of_runs(runs, net, one)
 
@@ -148,7 +153,9 @@ def ceilings(runs: Runs, net: str) -> list[list[str]]:
     """Rows of the table: noise ceilings, and what the joint model's own loss predicts."""
 
     def before(budget):
-        return of_runs(runs, net, lambda lines: reliability(lines[f"random {budget}"]["halves"]))
+        return of_runs(
+            runs, net, lambda lines: reliability(halves) if (halves := drawn(lines, budget)["halves"]) else None
+        )
 
     def after(budget):
         return of_runs(
@@ -193,7 +200,7 @@ def cheaper_table(runs: Runs, net: str) -> str:
 # ---- accuracy -----------------------------------------------------------------------------------------------------
 
 
-def differences(runs: Runs, net: str, budget: str, name: str, seeds: int = 3) -> list[float]:
+def differences(runs: Runs, net: str, budget: str, name: str, seeds: int = SEEDS) -> list[float]:
     """Test accuracy minus the best uniform policy's, a number a seed; none where a seed below `seeds` is missing."""
     found = {}
     for (own, seed), lines in runs.items():
@@ -208,7 +215,12 @@ def measured_budgets(runs: Runs, net: str) -> list[str]:
     return [b for b in BUDGETS if of_runs(runs, net, lambda lines, b=b: best_uniform(lines, b))]
 
 
-def accuracy_table(runs: Runs, net: str, seeds: int = 3) -> str:
+def gain(values: Sequence[float]) -> str:
+    """A cell of differences of accuracies, in points; in brackets their number where it is more than SEEDS."""
+    return cell(values, 2, 100, sign=True) + (f" ({len(values)})" if len(values) > SEEDS else "")
+
+
+def accuracy_table(runs: Runs, net: str) -> str:
     levels = measured_budgets(runs, net)
     head = ["", *levels]
     rows = []
@@ -225,18 +237,18 @@ def accuracy_table(runs: Runs, net: str, seeds: int = 3) -> str:
     )
     rows.append(["its bits", *(", ".join(one[0].removeprefix("uniform ") for one in each if one) for each in best)])
     for name, text in CONTESTANTS.items():
-        cells = [cell(differences(runs, net, b, name, seeds), 2, 100, sign=True) for b in levels]
+        cells = [gain(differences(runs, net, b, name)) for b in levels]
         if any(cells):
             rows.append([text, *cells])
     return table(head, rows)
 
 
-def against_table(runs: Runs, net: str, seeds: int) -> str:
+def against_table(runs: Runs, net: str) -> str:
     """The default minus each of the others, paired, in points of test accuracy."""
     levels, rows = measured_budgets(runs, net), []
     for name, text in {"best uniform": "the best uniform policy", **CONTESTANTS}.items():
         found = [proof_paper.paired(runs, net, budget, "learned", name) for budget in levels]
-        cells = [cell(values, 2, 100, sign=True) if len(values) >= seeds else "" for values in found]
+        cells = [gain(values) if len(values) >= SEEDS else "" for values in found]
         if name != "learned" and any(cells):
             rows.append([text, *cells])
     return table(["learned, as published, minus", *levels], rows)
@@ -271,7 +283,7 @@ def pooled_table(runs: Runs, nets: Sequence[str]) -> str:
 def document(runs: Runs, cheaper: Runs) -> str:
     """docs/results.md."""
     nets = [net for net in NAMES if any(own == net for own, _ in runs)]
-    seeds = {net: sum(own == net for own, _ in runs) for net in nets}
+    seeds = {net: len(of_runs(runs, net, lambda lines: len(drawn(lines, "W3A3")["loss"]) or None)) for net in nets}
     template = (Path(__file__).parent / "proof_document.md").read_text()
     names = {net: NAMES[net] for net in nets}
     values = proof_paper.values(runs, names, tuple(BUDGETS)) | proof_cheaper.values(cheaper, (*names, *DIGITS))
@@ -283,12 +295,14 @@ def document(runs: Runs, cheaper: Runs) -> str:
         values |= {
             f"prediction {net}": prediction_table(runs, net),
             f"cheaper {net}": cheaper_table(runs, net),
-            f"accuracy {net}": accuracy_table(runs, net, SEEDS[net]),
-            f"against {net}": against_table(runs, net, SEEDS[net]),
+            f"accuracy {net}": accuracy_table(runs, net),
+            f"against {net}": against_table(runs, net),
             f"seeds {net}": str(seeds[net]),
         }
         for budget in PREDICTED:
-            losses = of_runs(runs, net, lambda lines, b=budget: float(np.ptp(lines[f"random {b}"]["loss"])))
+            losses = of_runs(
+                runs, net, lambda lines, b=budget: float(np.ptp(found)) if (found := drawn(lines, b)["loss"]) else None
+            )
             values[f"spread {net} {budget}"] = cell(losses)
             values[f"joint-tuned {net} {budget}"] = cell(joint_and_tuned(runs, net, budget))
             for name in PREDICTORS:
@@ -296,23 +310,13 @@ def document(runs: Runs, cheaper: Runs) -> str:
                     values[f"rho {net} {budget} {name} {word}"] = cell(correlations(runs, net, budget, name, after))
         for budget in BUDGETS:
             for name in CONTESTANTS:
-                gains = differences(runs, net, budget, name, min(3, accuracy_seeds(runs, net))) or differences(
-                    runs, net, budget, name, 1
-                )
+                gains = differences(runs, net, budget, name) or differences(runs, net, budget, name, 1)
                 values[f"gain {net} {budget} {name}"] = cell(gains, 2, 100, sign=True)
     for name, value in values.items():
         template = template.replace("{{" + name + "}}", value or "not measured")
     if "{{" in template:
         raise ValueError(f"no value for {template[template.index('{{') :][:60]}")
     return template
-
-
-def accuracy_seeds(runs: Runs, net: str) -> int:
-    """How many seeds have a contestant fine-tuned beside the uniform policies, at both levels."""
-    return sum(
-        own == net and all(result(lines, b, "sampled") is not None for b in PREDICTED)
-        for (own, _), lines in runs.items()
-    )
 
 
 def figure(runs: Runs, path: Path) -> None:

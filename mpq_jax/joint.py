@@ -177,7 +177,8 @@ def _over_rows(count: int, function: Callable[..., Any], in_axes: Sequence[int |
             argument if axis is None else jax.tree.map(lambda x: x.reshape(x.shape[1:]), argument)
             for argument, axis in zip(arguments, in_axes, strict=True)
         ]
-        return jax.tree.map(lambda x: x[None], function(*own))
+        # What the model returns may be a constant of Python's, which jax.vmap takes as well.
+        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), function(*own))
 
     return one
 

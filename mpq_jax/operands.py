@@ -11,7 +11,7 @@ from mpq_jax.interpret import Call
 from mpq_jax.layers import MAX_BITS, LayerSpec, leaf_paths
 from mpq_jax.mixture import mixture, one_hot
 from mpq_jax.numerics import at_bits, wide
-from mpq_jax.types import Bits, Decoding, Quantizer, TensorQuantizer, Values
+from mpq_jax.types import Bits, Decoding, Quantizer, Refusal, TensorQuantizer, Values
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ TERMS = ("error", "penalty", "state")
 class Operand(NamedTuple):
     """A tensor in front of its product, with what its quantizer takes.
 
-    leaves: {name: [K, ...]}, the quantizer's leaves of this layer. at: {name: [...]}, those at grid_bits; {} where each
+    leaves: {name: [K, ...]}, the quantizer's leaves of this layer. chosen: {name: [...]}, those at grid_bits; {} where each
     output channel has bits of its own. place: shapes a leaf at one width to broadcast with x.
     bits: as the policy has them, int32 [], or [C] for a weight with bits per output channel. grid_bits: the same, but a
     width that a grid exists for where the policy says float, and which of them: in_float, or None where none can be.
@@ -36,7 +36,7 @@ class Operand(NamedTuple):
     quantizer: TensorQuantizer
     x: jax.Array
     leaves: Mapping[str, jax.Array]
-    at: Mapping[str, jax.Array]
+    chosen: Mapping[str, jax.Array]
     place: Callable[[jax.Array], jax.Array]
     widths: tuple[int, ...]
     bits: jax.Array
@@ -47,7 +47,7 @@ class Operand(NamedTuple):
     @property
     def values(self) -> dict[str, jax.Array]:
         """The leaves at the bits of this call, one width for the whole tensor."""
-        return {name: self.place(leaf) for name, leaf in self.at.items()}
+        return {name: self.place(leaf) for name, leaf in self.chosen.items()}
 
     def call(self, function: Callable[[jax.Array, Values, jax.Array, bool], T], x: jax.Array | None = None) -> T:
         """One of the quantizer's functions on the tensor, or on `x` in its place."""
@@ -62,29 +62,31 @@ class Operand(NamedTuple):
         if self.quantizer.with_error is None or jnp.ndim(self.bits):
             return self.on_grid(), self.error(samples)
         x_hat, error = self.quantizer.with_error(self.x, self.values, self.grid_bits, self.signed, samples)
-        return self._or_float(x_hat), self._if_on_grid(error)
+        return self._or_float(x_hat), self.if_on_grid(error)
 
     def error(self, samples: int) -> jax.Array:
         """sum (x_hat - x)^2 / sum x^2 over the first `samples` of the leading axis, []; its gradient reaches the trained
-        leaves only. 0 where there are none."""
+        leaves only. 0 where there are none. Raises Refusal for bits per output channel."""
         if not self.quantizer.leaves:
             return jnp.zeros(())
+        if jnp.ndim(self.bits):
+            raise Refusal('the term "error" is of weights with one bit-width, not of bits per output channel')
         assert self.quantizer.fit is not None
         x = wide(jax.lax.stop_gradient(self.x[:samples]))
         power = jnp.square(x).sum()
         error = jnp.square(self.call(self.quantizer.fit, x) - x).sum() / jnp.where(power > 0, power, x.size)
-        return self._if_on_grid(error)
+        return self.if_on_grid(error)
 
     def _or_float(self, x_hat: jax.Array) -> jax.Array:
         return x_hat if self.in_float is None else jnp.where(self.place(self.in_float), self.x, x_hat)
 
-    def _if_on_grid(self, term: jax.Array) -> jax.Array:
+    def if_on_grid(self, term: jax.Array) -> jax.Array:
         return term if self.in_float is None else jnp.where(self.in_float, 0, term)
 
     def at_width(self, k: int) -> "Operand":
         """The whole tensor at the k-th of its widths."""
         bits = jnp.int32(self.widths[k])
-        return self._replace(bits=bits, grid_bits=bits, at={name: leaf[k] for name, leaf in self.leaves.items()})
+        return self._replace(bits=bits, grid_bits=bits, chosen={name: leaf[k] for name, leaf in self.leaves.items()})
 
     def encoded(self) -> tuple[jax.Array, Decoding]:
         """(codes, their decoding); bits per output channel: each channel's own. For tensors that are not in float."""
@@ -126,7 +128,7 @@ def operand_of(
         quantizer=getattr(quantizer, kind),
         x=x,
         leaves=value[kind],
-        at=value["at"][kind],
+        chosen=value["chosen"][kind],
         place=place,
         widths=widths,
         bits=bits,
@@ -147,12 +149,13 @@ def looked_up(
     bits: Mapping[str, Bits],
     float_bits: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """leaf -> its quantizers' leaves, "bits", and "at": the leaves at those bits, as `operand_of` takes them.
+    """leaf -> its quantizers' leaves, "bits", and "chosen": the leaves at those bits, as `operand_of` takes them.
 
     leaves: as `quantized_model.learned_leaves` has them. bits: of each, Bits([*stack], [*stack]), or w [*stack, C].
+    float_bits: as `operand_of` is given it afterwards.
     """
 
-    def at(leaf: str, kind: str, width: jax.Array) -> dict[str, jax.Array]:
+    def chosen(leaf: str, kind: str, width: jax.Array) -> dict[str, jax.Array]:
         spec = specs[leaf]
         if jnp.ndim(width) > len(spec.stack):  # an output channel each
             return {}
@@ -164,7 +167,10 @@ def looked_up(
         leaf: {
             **of,
             "bits": bits[leaf],
-            "at": {"weight": at(leaf, "weight", bits[leaf].w), "activation": at(leaf, "activation", bits[leaf].a)},
+            "chosen": {
+                "weight": chosen(leaf, "weight", bits[leaf].w),
+                "activation": chosen(leaf, "activation", bits[leaf].a),
+            },
         }
         for leaf, of in leaves.items()
     }
@@ -222,7 +228,7 @@ def samples(kind: str, operand: Operand) -> int:
 def _penalty(operand: Operand) -> jax.Array:
     if operand.quantizer.penalty is None:
         return jnp.zeros(())
-    return operand._if_on_grid(operand.quantizer.penalty(operand.values, operand.grid_bits, operand.signed))
+    return operand.if_on_grid(operand.quantizer.penalty(operand.values, operand.grid_bits, operand.signed))
 
 
 def _next_state(operand: Operand, leaves: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:

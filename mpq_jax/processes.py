@@ -30,7 +30,7 @@ _said = itertools.count()  # what `from_first` has sent: all processes send the 
 def started(settings: Parallel) -> Iterator[None]:
     """Joins the run's other processes, if `settings` ask for any; standard output is process 0's alone.
 
-    Where another process is lost this one ends with exit code 2 and a line of advice if JAX raises, as collective
+    Behind the block each process is `alone`. Where another process is lost this one ends with exit code 2 and a line of advice if JAX raises, as collective
     operations do whose connection breaks. Else JAX's coordination service ends it with many lines: after `HEARTBEAT`
     seconds without a sign of another process, and at once where process 0, which runs that service, is gone.
     """
@@ -67,7 +67,7 @@ def _farewell() -> None:
 
     It runs the service that tells them. Gone before one of four was told, that one took it for lost; so does one that still
     listens to the service, which is why all take their leave of it here, and not at an exit that a program may cut short.
-    All is done by now: whoever falls silent here loses nothing, and is not waited for beyond `HEARTBEAT`.
+    All is done by now: whoever falls silent here loses nothing, and is not waited for beyond twice `HEARTBEAT`.
     """
     import jax
 
@@ -77,6 +77,7 @@ def _farewell() -> None:
                 _client().blocking_key_value_get(f"mpq_jax/past/{i}", HEARTBEAT * 1000)
         else:
             _client().key_value_set(f"mpq_jax/past/{jax.process_index()}", "")
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
         jax.distributed.shutdown()
 
 

@@ -197,11 +197,11 @@ class TensorQuantizer(NamedTuple):
         is no such thing to learn.
     fit(x, values, bits, signed) -> x_hat in the units of x, with the gradients to the leaves that mean (x_hat - x)^2 is
         to be lowered by. Not asked for where `leaves` is empty.
-    with_error(x, values, bits, signed, samples) -> (x_hat, error []): fake_quant and, in the same pass over x, the sum of
-        (fit - x)^2 over that of x^2, of the first `samples` of x's leading axis; the error's gradient reaches the leaves
-        alone. None: each has a pass of its own.
     penalty(values, bits, signed) -> []: a term of the loss, for each time the layer is used; None: none.
     update(x, values, bits, signed) -> {state leaf: its next value}, once a training step; None where there is no state.
+    with_error(x, values, bits, signed, samples) -> (x_hat, error []): fake_quant and, in the same pass over x, the sum of
+        (fit - x)^2 over that of x^2, of the first `samples` of x's leading axis; the error's gradient reaches the leaves
+        alone. It speaks for both fake_quant and fit: replace it with them. None: each has a pass of its own.
     """
 
     leaves: tuple[str, ...]
@@ -212,9 +212,9 @@ class TensorQuantizer(NamedTuple):
     decoding: Decode
     indicator: OnValues | None
     fit: OnTensor | None = None
-    with_error: WithError | None = None
     penalty: OnValues | None = None
     update: Update | None = None
+    with_error: WithError | None = None
 
 
 class Quantizer(NamedTuple):

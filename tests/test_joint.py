@@ -117,6 +117,21 @@ def test_rows_at_a_time_must_divide(net):
         step(state, BATCH, jax.random.key(0), uniform(quantized))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_of_a_model_that_returns_a_constant(rows):
+    """A number of Python's among the outputs gets a row axis, as everything else."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return {"logits": nn.Dense(3)(x), "aux": 0.5}
+
+    x = jnp.ones((rows, 4, 5))
+    quantized, variables = quantize(Net(), x[0]), Net().init(jax.random.key(0, impl="rbg"), x[0])
+    found = joint._over_rows(rows, lambda x: quantized.apply(variables, None, x), (0,))(x)
+    assert found["logits"].shape == (rows, 4, 3) and found["aux"].tolist() == [0.5] * rows
+
+
 def test_slices(net):
     """Every row sees its own samples: losses and the summed gradient, row by row, each a batch by itself."""
     quantized, variables = net

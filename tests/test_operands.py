@@ -31,8 +31,8 @@ def operand(quantizer, x, leaves, bits, in_float=None, signed=True, axes=AXES):
     def place(leaf):
         return leaf if axes is None else place_on_channels(leaf, x, axes)
 
-    at = {} if bits.ndim else {name: at_bits(leaf, WIDTHS, grid_bits) for name, leaf in leaves.items()}
-    return Operand(quantizer, x, leaves, at, place, WIDTHS, bits, grid_bits, in_float, signed)
+    chosen = {} if bits.ndim else {name: at_bits(leaf, WIDTHS, grid_bits) for name, leaf in leaves.items()}
+    return Operand(quantizer, x, leaves, chosen, place, WIDTHS, bits, grid_bits, in_float, signed)
 
 
 # ---- grids ----------------------------------------------------------------------------------------------------------

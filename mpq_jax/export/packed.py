@@ -313,7 +313,7 @@ def _restore_layer(file: File, path: str, spec: Any, model: QuantizedModel, flat
         flat[f"params/{spec.leaf}"][position] = values(file, path)
     a = file.bits(path).a
     for name, place in leaf_paths(spec, model.quantizer, "activation").items() if a <= MAX_BITS else ():
-        # The file has one width; the others' entries are never used, but must be numbers (`numerics.at_bits` sums).
+        # The file has one width: the others' entries are never used.
         flat[f"params/{place}"][position] = file.get(path, f"activation.{name}")
 
 

@@ -22,7 +22,7 @@ def fake_quant(
 ) -> jax.Array:
     """x_hat = round(clip(x / s, -Q_N, Q_P)) * s, with the gradients of LSQ (equations 1 to 5).
 
-    x: [...]; step_size: broadcasts with x, positive; q_n, q_p, g: []. Returns x's shape and dtype.
+    x: [...]; step_size: broadcasts with x, positive (others have no gradients here); q_n, q_p, g: []. Returns x's shape and dtype.
     d x_hat / d x = 1 inside the range, else 0.
     d x_hat / d s = g * (round(x/s) - x/s inside, -Q_N below, Q_P above).
     delta: not 0, the rounding passes its gradient G on as  G (1 + delta sign(G) (v - round v)), v = x/s  (Lee et al.,
@@ -39,9 +39,10 @@ def _on_grid(x: jax.Array, step_size: jax.Array, q_n: jax.Array, q_p: jax.Array)
     return jnp.round(clipped) * step_size
 
 
-def _kept(x: jax.Array, x_hat: jax.Array, *scalars: jax.Array) -> Residuals:
+def _kept(
+    x: jax.Array, x_hat: jax.Array, step_size: jax.Array, q_n: jax.Array, q_p: jax.Array, g: jax.Array
+) -> Residuals:
     # The product that x_hat goes to keeps it, too. Of narrower x_hat the difference to x is lost in its rounding.
-    step_size, q_n, q_p, g = scalars
     return x, x_hat if x_hat.dtype == wide(x_hat).dtype else None, step_size, q_n, q_p, g
 
 
@@ -61,9 +62,10 @@ def _gradients(
 ) -> tuple[jax.Array | None, ...]:
     """The gradients of `fake_quant`'s arguments.
 
-    more(G, x_hat - x): G, the gradient of x_hat or 0, and what is to be added to it for the step size.
-    In units of x, times 1 / s at the end: s d x_hat / d s = x_hat - x inside, x_hat outside. Divisions element by element,
-    and whatever does not take G, XLA's CPU backend would do in the forward pass, and keep: a quarter of a step's memory.
+    more(G, x_hat - x): the gradient of x_hat for the step size; G is that for x, or zeros.
+    In units of x, times 1 / s at the end: s d x_hat / d s = x_hat - x inside (without delta), x_hat outside. Divisions
+    element by element, and whatever does not take G, XLA's CPU backend would do in the forward pass, and keep: a quarter of
+    a step's memory. (With delta there is one.)
     """
     narrow_x, x_hat, step_size, q_n, q_p, g = residuals
     x = wide(narrow_x)
@@ -217,7 +219,7 @@ def lsq(
 
     delta = EWGS_DELTA if ewgs else 0.0
 
-    def scalars(x: jax.Array, values: Values, bits: jax.Array, signed: bool, weight: bool) -> tuple[jax.Array, ...]:
+    def arguments(x: jax.Array, values: Values, bits: jax.Array, signed: bool, weight: bool) -> tuple[jax.Array, ...]:
         """step_size, q_n, q_p, g"""
         q_n, q_p = code_range(bits, signed, weight)
         step_size = in_use(values["step_size"])
@@ -227,14 +229,14 @@ def lsq(
         return step_size, q_n, q_p, g
 
     def run(x: jax.Array, values: Values, bits: jax.Array, signed: bool, weight: bool) -> jax.Array:
-        return fake_quant(x, *scalars(x, values, bits, signed, weight), delta)
+        return fake_quant(x, *arguments(x, values, bits, signed, weight), delta)
 
     def run_with_error(
         x: jax.Array, values: Values, bits: jax.Array, signed: bool, samples: int, weight: bool
     ) -> tuple[jax.Array, jax.Array]:
         # `fit` on the samples alone has a g of its own, by their elements.
         error_scale = math.sqrt(x.shape[0] / samples) if gradient_scale else 1.0
-        return with_error(x, *scalars(x, values, bits, signed, weight), delta, samples, error_scale)
+        return with_error(x, *arguments(x, values, bits, signed, weight), delta, samples, error_scale)
 
     def encode(x: jax.Array, values: Values, bits: jax.Array, signed: bool, weight: bool) -> jax.Array:
         q_n, q_p = code_range(bits, signed, weight)

@@ -292,6 +292,9 @@ def document(runs: Runs, cheaper: Runs) -> str:
         gains = over_budgets(runs, nets, "output_fisher", field)
         values[f"over output_fisher {field}"] = cell(gains, 2, 100, sign=True)
     for net in nets:
+        gains = over_budgets(runs, (net,), "output_fisher", "accuracy")
+        values[f"lead {net} output_fisher"] = cell(gains, 2, 100, sign=True)
+    for net in nets:
         values |= {
             f"prediction {net}": prediction_table(runs, net),
             f"cheaper {net}": cheaper_table(runs, net),

@@ -116,7 +116,8 @@ def reversed_table(runs: Runs, names: Mapping[str, str], budgets: Sequence[str])
     rows = []
     for net, name in names.items():
         for budget in budgets:
-            values = [paired(runs, net, budget, *pair) for pair in pairs]
+            both = {run: ls for run, ls in runs.items() if all(result(ls, budget, name) for name in pairs[0])}
+            values = [paired(both, net, budget, *pair) for pair in pairs]
             if any(values):
                 rows.append([name, budget, str(len(values[0])), *(cell(v, 2, 100, sign=True) for v in values)])
     return table(["net", "budget", "seeds", *(" - ".join(pair) for pair in pairs)], rows)

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,61 +90,51 @@ def _gradients(
 fake_quant.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+class Static(NamedTuple):
+    """What `with_error` takes beside arrays. delta: of `fake_quant`."""
+
+    delta: float
+    samples: int
+    error_scale: float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def with_error(
-    x: jax.Array,
-    step_size: jax.Array,
-    q_n: jax.Array,
-    q_p: jax.Array,
-    g: jax.Array,
-    delta: float,
-    samples: int,
-    error_scale: float,
+    x: jax.Array, step_size: jax.Array, q_n: jax.Array, q_p: jax.Array, g: jax.Array, static: Static
 ) -> tuple[jax.Array, jax.Array]:
     """(fake_quant of these arguments, error []).
 
     error: sum (x_hat - x)^2 / sum x^2 over the first `samples` of x's leading axis; its gradient reaches the step size
     alone, times g * error_scale. Both gradients come from one pass over x: two were an eighth of a joint step's program.
     """
-    return _forward_with_error(x, step_size, q_n, q_p, g, delta, samples, error_scale)[0]
+    return _forward_with_error(x, step_size, q_n, q_p, g, static)[0]
 
 
 def _forward_with_error(
-    x: jax.Array,
-    step_size: jax.Array,
-    q_n: jax.Array,
-    q_p: jax.Array,
-    g: jax.Array,
-    delta: float,
-    samples: int,
-    error_scale: float,
+    x: jax.Array, step_size: jax.Array, q_n: jax.Array, q_p: jax.Array, g: jax.Array, static: Static
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Residuals, jax.Array]]:
     x_hat = _on_grid(x, step_size, q_n, q_p)
-    part = wide(x[:samples])
+    part = wide(x[: static.samples])
     power = jnp.square(part).sum()
     power = jnp.where(power > 0, power, part.size)
-    error = jnp.square(x_hat[:samples] - part).sum() / power
+    error = jnp.square(x_hat[: static.samples] - part).sum() / power
     x_hat = narrow(x_hat, x.dtype)
     return (x_hat, error), (_kept(x, x_hat, step_size, q_n, q_p, g), power)
 
 
 def _backward_with_error(
-    delta: float,
-    samples: int,
-    error_scale: float,
-    residuals: tuple[Residuals, jax.Array],
-    gradients: tuple[jax.Array, jax.Array],
+    static: Static, residuals: tuple[Residuals, jax.Array], gradients: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
     kept, power = residuals
     gradient, of_error = gradients
 
     def more(gradient: jax.Array, off: jax.Array) -> jax.Array:
-        both = gradient + (2 * error_scale * of_error / power) * off  # d error / d x_hat
-        if samples == off.shape[0]:
+        both = gradient + (2 * static.error_scale * of_error / power) * off  # d error / d x_hat
+        if static.samples == off.shape[0]:
             return both
-        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, off.shape, 0) < samples, both, gradient)
+        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, off.shape, 0) < static.samples, both, gradient)
 
-    return _gradients(kept, delta, gradient, more)
+    return _gradients(kept, static.delta, gradient, more)
 
 
 with_error.defvjp(_forward_with_error, _backward_with_error)
@@ -236,7 +227,7 @@ def lsq(
     ) -> tuple[jax.Array, jax.Array]:
         # `fit` on the samples alone has a g of its own, by their elements.
         error_scale = math.sqrt(x.shape[0] / samples) if gradient_scale else 1.0
-        return with_error(x, *arguments(x, values, bits, signed, weight), delta, samples, error_scale)
+        return with_error(x, *arguments(x, values, bits, signed, weight), Static(delta, samples, error_scale))
 
     def encode(x: jax.Array, values: Values, bits: jax.Array, signed: bool, weight: bool) -> jax.Array:
         q_n, q_p = code_range(bits, signed, weight)

@@ -30,9 +30,10 @@ _said = itertools.count()  # what `from_first` has sent: all processes send the 
 def started(settings: Parallel) -> Iterator[None]:
     """Joins the run's other processes, if `settings` ask for any; standard output is process 0's alone.
 
-    Behind the block each process is `alone`. Where another process is lost this one ends with exit code 2 and a line of advice if JAX raises, as collective
+    Where another process is lost this one ends with exit code 2 and a line of advice if JAX raises, as collective
     operations do whose connection breaks. Else JAX's coordination service ends it with many lines: after `HEARTBEAT`
     seconds without a sign of another process, and at once where process 0, which runs that service, is gone.
+    Behind the block each process is `alone`.
     """
     if not (settings.distributed or settings.coordinator):
         yield

@@ -14,6 +14,7 @@ lines.jsonl, keyed by what it is of, and a second call goes on from there. Stage
   alone      depthwise and pointwise layers, one at a time at few bits: what they cost, and their step sizes
   criteria   the importance table of every criterion but those of stage hessian
   hessian    those of HAWQ and HAWQ-v2
+  sliced     what the default's joint training chooses, with slices of the batch
   search     what evolution and DNAS choose at every budget
   predicted  what every table says of the random policies
   accuracy   every contestant at every budget, fine-tuned alike: validation and test loss and accuracy
@@ -29,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.proof_contest import accuracy, search
+from benchmarks.proof_contest import accuracy, search, sliced
 from benchmarks.proof_lines import BUDGETS, LEVELS
 from benchmarks.proof_policies import alone, random, repeats, samples, tune
 from benchmarks.proof_run import CONTESTANTS, NETS, SAMPLED, SEARCHES, Bench, Settings, open_bench
@@ -46,6 +47,7 @@ FUNCTIONS: Mapping[str, Callable[[Bench], None]] = {
     "alone": alone,
     "criteria": lambda bench: criteria(bench, [name for name in CRITERIA if name not in (*HESSIAN, *SAMPLED)]),
     "hessian": lambda bench: criteria(bench, HESSIAN),
+    "sliced": sliced,
     "search": search,
     "predicted": lambda bench: predicted(bench.workdir),
     "accuracy": accuracy,

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from benchmarks.proof_lines import as_lists, as_policy, digest
 from benchmarks.proof_run import SAMPLED, SEARCHES, Bench, held, restated, scores, tuner
 from benchmarks.proof_tables import pairs_of, sampled_table
-from mpq_jax import costs, data, importance, stages
+from mpq_jax import config as config_lib
+from mpq_jax import costs, data, importance, joint, stages
 from mpq_jax.criteria import CRITERIA, files
+from mpq_jax.criteria.learned import learned
 from mpq_jax.search import methods, random_policies, run, solve
 from mpq_jax.search.others import fits, uniform_policies
 from mpq_jax.types import Bits, Budget, Importance
@@ -31,6 +33,25 @@ def search(bench: Bench) -> None:
             seconds=time.perf_counter() - began,
             used=costs.used(budgets[0], solution.policy, table) / budgets[0].limit,
         )
+
+
+def sliced(bench: Bench) -> None:
+    """What the default joint training chooses, with slices of the batch: of the same float model and calibration.
+
+    Its policies are fine-tuned from the run's own joint model, as everyone's are.
+    """
+    if all(f"chosen {name} sliced" in bench.lines for name in bench.settings.budgets):
+        return
+    config = config_lib.override(bench.run.config, ["--joint.slices=true"])
+    run_ = bench.run._replace(config=config, workdir=bench.workdir / "sliced")
+    state, _ = stages.joint_train(run_, bench.calibrated)
+    log = stages.measured_rows(run_, state, config.joint.alpha_policies)
+    own, _ = importance.repair(learned(run_.model, joint.row_variables(state, 0, averaged=True), log))
+    for name in bench.settings.budgets:
+        table, budgets = bench.budgets(name)
+        choice = solve(own._replace(rules=table.rules), budgets).policy
+        used = costs.used(budgets[0], choice, table) / budgets[0].limit
+        bench.lines.add(f"chosen {name} sliced", policy=as_lists([choice], table)[0], used=used, alpha=own.alpha)
 
 
 def uniforms(table: Importance, budgets: Sequence[Budget]) -> dict[str, dict[str, Bits]]:

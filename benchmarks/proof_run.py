@@ -23,10 +23,10 @@ NETS = {
 }
 SEARCHES = ("evolution", "gumbel")
 SAMPLED = ("sampled", "sampled_pairwise")  # regressions on the stage `samples`
-CONTESTANTS = (
+CONTESTANTS = (  # the default's joint training with slices of the batch is "sliced"
+    *("learned", "sliced", "output_fisher", "random", "reversed", "initial", "constant", "power_law"),
+    *("hawq", "hawq_v2", "mpqco", "one_at_a_time", "regression", "regression_pairwise"),
     *SAMPLED,
-    *("random", "reversed", "initial", "constant", "power_law", "learned"),
-    *("hawq", "hawq_v2", "mpqco", "output_fisher", "one_at_a_time", "regression", "regression_pairwise"),
     *SEARCHES,
 )
 

@@ -4,7 +4,7 @@
 
 Before anything is timed, the losses of all uniform rows are compared: the two do compute the same. Both run the paper's
 step: six rows with BatchNorm of their own, all weights trained, ends in float, gradients clipped, SGD. Medians of
-interleaved repetitions; nothing else should run meanwhile.
+interleaved repetitions; nothing else should run meanwhile. On a GPU both run there, products in float32 (no TF32).
 """
 
 import argparse
@@ -40,7 +40,15 @@ NETS = {
 }
 
 
-def contestants(name: str, batch_size: int):
+def same_terms() -> str:
+    """Products in float32 for both, and cuDNN's choices timed, as XLA times its own. -> where PyTorch is to run"""
+    jax.config.update("jax_default_matmul_precision", "float32")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def contestants(name: str, batch_size: int, device: str):
     """{name: a step without arguments}, and the largest difference of the two's losses in a uniform row."""
     options, size, channels, strides, stem_stride, pool = NETS[name]
     model = models.create(name, 10, **options)
@@ -66,13 +74,15 @@ def contestants(name: str, batch_size: int):
         return functools.partial(step, state, batch, key, fixed)
 
     plain = quantized._replace(apply=functools.partial(quantized.apply, kernels="plain"))
-    ours = step_of(quantized, calibrated, len(widths) + 1, uniform, random=1, rows_at_a_time=1)
+    joint_of = functools.partial(step_of, quantized, calibrated, len(widths) + 1, uniform, random=1)
+    ours = joint_of(rows_at_a_time=1)
 
     tree = flax_seam.unflatten({k: np.asarray(v) for k, v in flax_seam.flatten(calibrated["params"]).items()})
     net = Net(tree, strides, widths, stem_stride, pool)
-    net.train().to(memory_format=torch.channels_last)
-    images = torch.tensor(np.array(batch["image"])).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    labels = torch.tensor(np.array(batch["label"]), dtype=torch.long)
+    net.train().to(device, memory_format=torch.channels_last)
+    images = torch.tensor(np.array(batch["image"]), device=device).permute(0, 3, 1, 2)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.tensor(np.array(batch["label"]), dtype=torch.long, device=device)
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=2.5e-5)
     draw = np.random.default_rng(1)
     theirs = joint_step(net, images, labels, optimizer, draw)
@@ -83,6 +93,7 @@ def contestants(name: str, batch_size: int):
         "float, XLA's kernels": step_of(plain, variables, 1),
         "float, PyTorch": lambda: float_step(net, images, labels, optimizer),
         "joint, ours": ours,
+        **({"joint, ours, rows at once": joint_of()} if device != "cpu" else {}),
         "joint, PyTorch": lambda: joint_step(net, images, labels, optimizer, draw),
     }
     return steps, apart
@@ -94,9 +105,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; jax {jax.__version__}")
+    device = same_terms()
+    where = f"{torch.get_num_threads()} threads" if device == "cpu" else jax.devices()[0].device_kind
+    print(f"torch {torch.__version__}, jax {jax.__version__}, {where}")
     for name in arguments.models:
-        steps, apart = contestants(name, arguments.batch)
+        steps, apart = contestants(name, arguments.batch, device)
         for step in steps.values():
             timed(step)
         times = interleaved(steps, arguments.repeats)

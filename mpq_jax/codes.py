@@ -4,6 +4,7 @@ x_hat = s_a (c_a + o_a) and w_hat = s_w (c_w + o_w), so  sum x_hat w_hat = s_a s
 the sum is one of whole numbers wherever the offsets are 0, or 1/2 (then of doubled codes and halved scales).
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,9 +83,37 @@ def product_of_codes(
     pair = (jnp.asarray(w, dtype), jnp.asarray(x, dtype))
     exact = {"preferred_element_type": dtype, "precision": jax.lax.Precision.HIGHEST}  # no TF32, no bfloat16 passes
     contraction = ops.contract(primitive, {**params, **exact}, "plain")
+    if integers and primitive == "conv_general_dilated":
+        contraction = functools.partial(_convolution, params)  # GPUs have none of int32, but the dot product
     total = contraction(*(pair if side == 0 else pair[::-1]))
     scale = output_scale(w_step, (primitive, params, side), channel_axes, total.ndim) * x_step
     return total.astype(jnp.float32) * scale
+
+
+def _convolution(params: Mapping[str, Any], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """`conv_general_dilated` with these parameters as dot products: the sum over the kernel's positions."""
+    numbers, groups, batches = params["dimension_numbers"], params["feature_group_count"], params["batch_group_count"]
+    x, k = jnp.transpose(lhs, numbers.lhs_spec), jnp.transpose(rhs, numbers.rhs_spec)  # [N, C, *in], [O, I, *window]
+    edges = [(low, high, d - 1) for (low, high), d in zip(params["padding"], params["lhs_dilation"], strict=True)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *edges])
+    window, strides, dilation = k.shape[2:], params["window_strides"], params["rhs_dilation"]
+    sizes = [
+        max(0, (n - (w - 1) * d - 1) // s + 1)
+        for n, w, s, d in zip(x.shape[2:], window, strides, dilation, strict=True)
+    ]
+    # A group of channels or of samples meets its own part of the filters.
+    outputs, samples, both = k.shape[0], x.shape[0] // batches, groups * batches  # one of the two is 1
+    k = k.reshape(both, outputs // both, *k.shape[1:])  # [G, O / G, I, *window]
+    total: Any = 0
+    for at in np.ndindex(*window):
+        first = [i * d if n else 0 for i, d, n in zip(at, dilation, sizes, strict=True)]
+        last = [f + (n - 1) * s + 1 if n else 0 for f, n, s in zip(first, sizes, strides, strict=True)]
+        seen = jax.lax.slice(x, (0, 0, *first), (*x.shape[:2], *last), (1, 1, *strides))
+        seen = seen.reshape(batches, samples, groups, k.shape[2], *sizes)
+        seen = jnp.moveaxis(seen, 2, 0).reshape(both, samples, k.shape[2], *sizes)
+        total += jnp.einsum("gni...,goi->ngo...", seen, k[:, :, :, *at], preferred_element_type=x.dtype)
+    out = numbers.out_spec
+    return jnp.transpose(total.reshape(samples, outputs, *sizes), [out.index(i) for i in range(len(out))])
 
 
 def largest_sum(codes: np.ndarray, largest: int, channel_axes: Sequence[int]) -> int:

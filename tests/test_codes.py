@@ -129,6 +129,32 @@ def test_sums_of_large_codes_are_exact_integers(name):
     assert (exact > 2**24).all() and (exact % 2 == 1).any()  # odd: float32 has no such number
 
 
+FIRST = lax.ConvDimensionNumbers((0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3))  # NCHW, OIHW
+
+
+@pytest.mark.parametrize(
+    "changes, weight, inputs",
+    [
+        ({"rhs_dilation": (2, 1)}, (3, 2, 4, 5), (2, 7, 6, 4)),
+        ({"lhs_dilation": (2, 3), "padding": ((2, 1), (-1, 3))}, (3, 2, 4, 5), (2, 4, 5, 4)),
+        ({"feature_group_count": 2}, (3, 2, 2, 6), (2, 4, 6, 4)),
+        ({"feature_group_count": 4}, (3, 2, 1, 8), (2, 4, 6, 4)),
+        ({"batch_group_count": 2}, (3, 2, 4, 6), (4, 4, 6, 4)),
+        ({"dimension_numbers": FIRST}, (5, 4, 3, 2), (2, 4, 4, 6)),
+        ({"padding": ((0, 0), (0, 0))}, (5, 2, 4, 5), (2, 4, 6, 4)),  # no place for the window
+    ],
+)
+def test_integer_convolutions_of_all_forms(changes, weight, inputs):
+    """The same as JAX's own in float32, which holds these sums exactly."""
+    params = {**CONVOLUTION, **changes}
+    w, x = RNG.integers(-8, 8, weight), RNG.integers(0, 16, inputs)
+    one = Decoding(jnp.float32(1))
+    found = codes.product_of_codes("conv_general_dilated", params, 1, (3,), (w, one), (x, one), "layer", integers=True)
+    fields = {**params, "precision": lax.Precision.HIGHEST}
+    expected = lax.conv_general_dilated(jnp.float32(x), jnp.float32(w), **fields)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_whole_numbers_and_their_step():
     c = RNG.integers(-8, 8, (3, 4)).astype(np.int32)
     for offset in (0.0, 0.5, np.full(4, 0.5)):

@@ -17,7 +17,7 @@ def test_runs_that_are_struck_end_with_the_same_bits(tmp_path):
     command = [sys.executable, str(SOAK / "kills.py"), "--chain", "KILL", "TERM", "TERM", "KILL", "--disk"]
     # The many processes run a few programs: compiled once, and not optimized.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = {**os.environ, **cache, **quick.ENVIRONMENT}
+    environment = {**os.environ, **cache, **quick.environment()}
     command += ["--place", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

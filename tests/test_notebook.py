@@ -60,7 +60,7 @@ def test_it_runs_from_top_to_bottom_with_few_steps(tmp_path, monkeypatch):
     (tmp_path / "mpq_jax").symlink_to(ROOT / "mpq_jax")
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setenv("MPQ_NOTEBOOK_STEPS", "8")
-    for name, value in quick.ENVIRONMENT.items():
+    for name, value in quick.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS", "cpu"))
     notebook = nbformat.read(NOTEBOOK, 4)

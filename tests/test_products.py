@@ -14,7 +14,7 @@ from mpq_jax import Bits, Refusal, products
 from mpq_jax.products import KERNELS, Kernel, ProductShape
 from mpq_jax.quantized_model import quantize
 
-INT4, INT8, _, FLOAT32 = KERNELS
+INT4, _, _, FLOAT32 = KERNELS
 ROUNDS = 3
 
 

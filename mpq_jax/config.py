@@ -97,7 +97,7 @@ class Joint:
     same_bits: bool = False  # random rows draw one width for weights and activations, as in the paper
     affine_per_row: bool = False
     rows_at_a_time: int = 0  # so many rows are mapped at once, their gradients summed; 0: one, the fastest on CPU and
-    # the least memory, or all where distillation from the widest row needs them
+    # the least memory (all are a quarter faster on a GPU), or all where distillation from the widest row needs them
     recompute: bool = False  # one row at a time with a quarter less memory, for some time; benchmarks/README.md
     accumulate: int = 1  # batches an optimizer step
     average: float = 0.0  # decay of the moving average of the parameters; 0: none

@@ -4,10 +4,10 @@ import itertools
 import time
 from collections.abc import Sequence
 
+from benchmarks import cheaper
 from benchmarks.proof_lines import as_lists, as_policy, digest
 from benchmarks.proof_run import SAMPLED, SEARCHES, Bench, held, restated, scores, tuner
 from benchmarks.proof_tables import pairs_of, sampled_table
-from mpq_jax import config as config_lib
 from mpq_jax import costs, data, importance, joint, stages
 from mpq_jax.criteria import CRITERIA, files
 from mpq_jax.criteria.learned import learned
@@ -42,10 +42,8 @@ def sliced(bench: Bench) -> None:
     """
     if all(f"chosen {name} sliced" in bench.lines for name in bench.settings.budgets):
         return
-    config = config_lib.override(bench.run.config, ["--joint.slices=true"])
-    run_ = bench.run._replace(config=config, workdir=bench.workdir / "sliced")
-    state, _ = stages.joint_train(run_, bench.calibrated)
-    log = stages.measured_rows(run_, state, config.joint.alpha_policies)
+    run_, state, _, _ = cheaper.train(bench, "slices")
+    log = stages.measured_rows(run_, state, run_.config.joint.alpha_policies)
     own, _ = importance.repair(learned(run_.model, joint.row_variables(state, 0, averaged=True), log))
     for name in bench.settings.budgets:
         table, budgets = bench.budgets(name)

@@ -138,8 +138,8 @@ def test_the_stages_on_digits(tmp_path, quick_compilation, capsys):
     """Few steps of a small network: what the lines say, worked out again; a second call finds all of it done."""
     command = ["--net", "digits", "--root", str(tmp_path), "--budgets", "W3A3", "--finetune_steps", "2", "--rows", "3"]
     command += ["--policies", "3", "--samples", "24", "--sample_batches", "1", "--sample_size", "32"]
-    command += ["--stages", "learn", "random", "samples", "predicted", "accuracy"]
-    command += ["--contestants", "sampled", "learned", "constant", "reversed"]
+    command += ["--stages", "learn", "random", "samples", "predicted", "sliced", "accuracy"]
+    command += ["--contestants", "sampled", "learned", "sliced", "constant", "reversed"]
     command += ["--model.name", "cnn_nnx", "--model.options", '{"width": 0.25}', "--pretrain.steps", "20"]
     command += ["--joint.steps", "40", "--joint.error_steps", "10", "--joint.alpha_policies", "8"]
     command += ["--statistics_batches", "2", "--eval_batch_size", "100"]
@@ -161,7 +161,7 @@ def test_the_stages_on_digits(tmp_path, quick_compilation, capsys):
         assert predicted == pytest.approx(sum(harm))
     assert (np.diff(lines["random W3A3"]["halves"], axis=1) != 0).all()
     assert (np.array(lines["samples all"]["divergence"]) > 0).all()
-    for name in ("sampled", "learned", "constant", "reversed"):
+    for name in ("sampled", "learned", "sliced", "constant", "reversed"):
         assert proof_lines.result(lines, "W3A3", name)["steps"] == 2
     assert proof_lines.best_uniform(lines, "W3A3") is not None and 0 < lines["float"]["test_accuracy"] < 1
     assert proof.main(command) == 0 and (workdir / "lines.jsonl").read_text() == written

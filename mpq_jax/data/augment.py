@@ -72,6 +72,7 @@ def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
     centre, spread = np.asarray(mean, np.float64), np.asarray(std, np.float64)
     *most, width, channels = images.shape
     rows = images.reshape(*most, width * channels).astype(np.float32)  # NumPy is slow over an axis of three
-    rows *= np.tile((1 / (255 * spread)).astype(np.float32), width * channels // spread.size)
-    rows -= np.tile((centre / spread).astype(np.float32), width * channels // spread.size)
+    times = width * channels // spread.size
+    rows *= np.tile((1 / (255 * spread)).astype(np.float32), times)
+    rows -= np.tile((centre / spread).astype(np.float32), times)
     return rows.reshape(images.shape)

@@ -117,8 +117,9 @@ class Joint:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What every search of the run respects."""
+    """What every search of the run takes and respects."""
 
+    criterion: str = "output_fisher"  # whose table is searched unless --criterion names one; "learned" is LIMPQ's own
     rules: tuple[str, ...] = ()  # "regex=value" of search.py --rule; kept in importance.json, all hold together
 
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from mpq_jax import __version__, costs, flax_seam, importance, joint, policy, processes, report, stages
 from mpq_jax.config import Config
+from mpq_jax.criteria import files as criteria
+from mpq_jax.criteria import find
 from mpq_jax.criteria.learned import learned, save_rows, unlearnable
 from mpq_jax.files import read_json, write_json
 from mpq_jax.layers import leaf_paths
@@ -31,6 +33,7 @@ Contestant = tuple[str, list[dict[str, Bits]]]
 
 def learn_float(config: Config, workdir: Path) -> tuple[stages.Run, Mapping[str, Any]]:
     """Float training, or the weights that were loaded: what criteria without joint training need. -> (run, variables)"""
+    find(config.search.criterion)
     run = stages.open_run(config, workdir)
     searched = sum(layer.searched for layer in run.model.layers)
     widths = run.model.bit_widths, run.model.activation_bit_widths
@@ -46,10 +49,10 @@ def learn_float(config: Config, workdir: Path) -> tuple[stages.Run, Mapping[str,
 
 
 def learn(config: Config, workdir: Path) -> Importance | None:
-    """Float training, joint training, and <workdir>/importance.json. Resumes where it stopped.
+    """Float training, joint training, <workdir>/importance.json and the table of search.criterion. Resumes where it stopped.
 
-    A quantizer without learned indicators is trained all the same, for other criteria and for fine-tuning: then there is
-    no importance.json, and None comes back.
+    -> the learned table. A quantizer without learned indicators is trained all the same, for other criteria and for
+    fine-tuning: then there is no importance.json, and None comes back.
     """
     alpha = _alpha(config.joint.alpha)
     run, variables = learn_float(config, workdir)
@@ -61,6 +64,7 @@ def learn(config: Config, workdir: Path) -> Importance | None:
         return None  # the log and the files are process 0's
     if reason:
         print(f"joint training is done: {workdir}")
+        _measure_searched(run, start)
         return None
     end = joint.row_variables(state, 0, averaged=True)
     if alpha is None and config.joint.alpha_policies:
@@ -82,7 +86,26 @@ def learn(config: Config, workdir: Path) -> Importance | None:
     )
     importance.save_importance(workdir / "importance.json", table)
     print(f"importance of {searched} layers, alpha {table.alpha:g}: {workdir / 'importance.json'}")
+    _measure_searched(run, start)
     return table
+
+
+def _measure_searched(run: stages.Run, start: Mapping[str, Any]) -> None:
+    """The table that search.py will take, made while data and model are at hand: so that a search needs neither.
+
+    start: calibrated variables. What cannot be measured here (a criterion that draws policies near budgets, or reads
+    checkpoints, which several processes do together) is by the first search.
+    """
+    name = run.config.search.criterion
+    row = find(name)
+    from_start = set(row.needs) <= {"checkpoint", "labels"} and run.config.criteria.step_sizes == "calibrated"
+    if "near" in row.settings or not (from_start or processes.alone()):
+        print(f"criterion {name} is measured by the first search")
+        return
+    try:
+        criteria.ensure(run.workdir, name, opened=(run, start))
+    except Refusal as refusal:  # training is done all the same, and other tables can be searched
+        print(f"note: criterion {name} was not measured: {refusal}")
 
 
 def _alpha(text: str) -> float | None:

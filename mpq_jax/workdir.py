@@ -93,17 +93,20 @@ def _steps(stage: Path) -> list[int]:
 
 
 def importance_of(workdir: Path, policy: str | Path) -> Path:
-    """The importance file in the folder that a policy was found with, by its digest; else importance.json.
+    """The importance file in the folder that a policy was found with, by its digest; else the one that searches take.
 
     Raises Refusal where there is neither.
     """
+    from mpq_jax.criteria import files as criteria
     from mpq_jax.importance import sha256
     from mpq_jax.policy import FORMAT, MADE_BY, VERSION
 
     digest = read_json(policy, FORMAT, VERSION, MADE_BY).get("importance_sha256")
-    files = [workdir / "importance.json", *sorted(workdir.glob("importance_*.json"))]
-    found = next((file for file in files if file.is_file() and sha256(file) == digest), files[0])
-    if not found.is_file():
+    learned, others = workdir / "importance.json", sorted(workdir.glob("importance_*.json"))
+    usual = criteria.path_of(workdir, criteria.default(workdir))
+    found = next((file for file in (learned, *others) if file.is_file() and sha256(file) == digest), None)
+    found = found or next((file for file in (usual, learned) if file.is_file()), None)
+    if found is None:
         raise Refusal(
             f"{policy} was not found with any importance in {workdir}; find one with: python search.py --workdir "
             f"{workdir} --criterion … --budget …, or finish joint training: run train.py without --policy"

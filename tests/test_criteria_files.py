@@ -13,7 +13,7 @@ import search
 import train
 from mpq_jax.config import Config, Criteria, Quantize, from_json, to_json
 from mpq_jax.criteria import CRITERIA, compute, files
-from mpq_jax.importance import load_importance
+from mpq_jax.importance import load_importance, sha256
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = """
@@ -125,6 +125,75 @@ def test_kept_reused_and_made_anew(place, capsys, monkeypatch):
     file.unlink()
 
 
+def made_with(policy):
+    """The digest of the table that a policy was found with."""
+    return json.loads(Path(policy).read_text())["importance_sha256"]
+
+
+def test_the_default_is_there_after_training(place, tmp_path, capsys):
+    """train.py leaves the table that search.py takes, so that this needs neither JAX nor data; a name still chooses."""
+    run = tmp_path / "run"
+    shutil.copytree(place / "joint", run)
+    command = ["--config", str(place / "tiny.py"), "--workdir", str(run)]
+    (run / "importance_output_fisher.json").unlink(missing_ok=True)
+    assert train.main(command) == 0  # again: nothing is trained, the table is measured
+    assert "criterion output_fisher" in capsys.readouterr().out
+    done = without_jax("--workdir", str(run), *BUDGET)
+    assert done.returncode == 0 and "criterion: output_fisher" in done.stdout, done.stderr
+    assert made_with(run / "policy.json") == sha256(run / "importance_output_fisher.json")
+    learned = tmp_path / "learned.json"
+    done = without_jax("--workdir", str(run), *BUDGET, "--criterion", "learned", "--out", str(learned))
+    assert done.returncode == 0 and made_with(learned) == sha256(run / "importance.json"), done.stderr
+    # A check is of the table that the policy was found with.
+    for policy, file in ((run / "policy.json", "importance_output_fisher.json"), (learned, "importance.json")):
+        done = without_jax("--workdir", str(run), "--policy", str(policy), "--check")
+        assert done.returncode == 0 and f"importance: {run / file}" in done.stdout, done.stderr
+        assert "loses nothing against the best" in done.stdout, done.stdout
+    # The same table that a search measures by itself, from the files.
+    from_training = json.loads((run / "importance_output_fisher.json").read_text())
+    (run / "importance_output_fisher.json").unlink()
+    assert search.main(["--workdir", str(run), *BUDGET]) == 0
+    assert json.loads((run / "importance_output_fisher.json").read_text()) == from_training
+    # Where it cannot be made any more, there is another.
+    (run / "importance_output_fisher.json").unlink()
+    shutil.rmtree(run / "pretrain")
+    done = without_jax("--workdir", str(run), *BUDGET)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "finished float checkpoint" in done.stderr and "--criterion learned" in done.stderr
+
+
+def test_another_default(place, tmp_path, capsys):
+    """search.criterion: whose table training leaves and searches take; refused, or put off, as each must be."""
+    command = ["--config", str(place / "tiny.py"), "--workdir"]
+    assert train.main([*command, str(tmp_path / "learned"), "--search.criterion", "learned"]) == 0
+    assert not list((tmp_path / "learned").glob("importance_*.json"))
+    assert search.main(["--workdir", str(tmp_path / "learned"), *BUDGET]) == 0
+    assert made_with(tmp_path / "learned" / "policy.json") == sha256(tmp_path / "learned" / "importance.json")
+    capsys.readouterr()
+    assert train.main([*command, str(tmp_path / "new"), "--search.criterion", "learnt"]) == 2
+    assert "did you mean learned?" in error_of(capsys) and not (tmp_path / "new").exists()
+    # A run of float training alone is searched, too.
+    float_run = tmp_path / "float"
+    shutil.copytree(place / "float", float_run)
+    (float_run / "importance_output_fisher.json").unlink(missing_ok=True)
+    assert search.main(["--workdir", str(float_run), *BUDGET]) == 0
+    assert made_with(float_run / "policy.json") == sha256(float_run / "importance_output_fisher.json")
+    # What needs the budgets waits for them; what is refused does not undo the training.
+    run = str(tmp_path / "sampled")
+    shutil.copytree(place / "joint", run)
+    for more, words in (
+        (("--search.criterion", "sampled"), "criterion sampled is measured by the first search"),
+        (("--criteria.samples", "0"), "criterion output_fisher was not measured: criteria.samples is 0"),
+    ):
+        config = json.loads((Path(run) / "config.json").read_text())
+        section, _, name = more[0][2:].partition(".")
+        config["config"][section][name] = more[1] if section == "search" else int(more[1])
+        (Path(run) / "config.json").write_text(json.dumps(config))
+        capsys.readouterr()
+        assert train.main([*command, run, *more]) == 0
+        assert words in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", CRITERIA)
 def test_every_criterion_ends_as_a_table(place, name, capsys):
     """Finite, of the right shape, each layer's taken width the largest of its row; and a policy within the budget."""
@@ -138,7 +207,7 @@ def test_every_criterion_ends_as_a_table(place, name, capsys):
     assert (table.alpha is None) == (CRITERIA[name].unit.split()[0] in ("loss,", "loss", "log", "none"))
     assert code == 0 and len(table.interactions) == (4 if name == "regression_pairwise" else 0)
     assert json.loads((place / f"{name}.json").read_text())["budgets"]["bitops"]["used"] > 0
-    if name != "learned":
+    if name not in ("learned", Config().search.criterion):  # joint training has measured that one
         about = json.loads(files.path_of(place / "joint", name).read_text())["about"]
         assert about["cost"] == CRITERIA[name].cost and f"criterion {name}: {CRITERIA[name].line}" in shown.out
 

@@ -71,9 +71,10 @@ def test_two_processes_train_what_one_does_and_survive_a_kill(tmp_path):
     runs = [tmp_path / "alone", tmp_path / "reference"]
     files = [sorted(str(path.relative_to(run)) for path in run.iterdir()) for run in runs]
     assert files[0] == files[1]
-    tables = [json.loads((run / "importance.json").read_text()) for run in runs]
-    for kind in ("weight", "activation"):
-        np.testing.assert_allclose(tables[0][kind], tables[1][kind], rtol=1e-3)
+    for table in ("importance.json", "importance_output_fisher.json"):
+        one, two = (json.loads((run / table).read_text()) for run in runs)
+        for kind in ("weight", "activation"):
+            np.testing.assert_allclose(one[kind], two[kind], rtol=1e-3)
     rows = [np.load(run / "joint" / "random_rows.npz") for run in runs]
     np.testing.assert_array_equal(rows[0]["policies"], rows[1]["policies"])
     np.testing.assert_allclose(rows[0]["loss"], rows[1]["loss"], rtol=1e-3)

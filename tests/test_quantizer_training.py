@@ -411,7 +411,8 @@ def test_lq_nets_by_command(place, capsys):
     saved = json.loads((run / "indicators.json").read_text())
     assert saved["initial"]["activation"] != saved["learned"]["activation"]
     assert search.main(["--workdir", str(run), "--budget", "bitops=W3A3"]) == 0
-    (run / "importance.json").rename(run / "importance_other.json")
+    (run / "importance_output_fisher.json").rename(run / "importance_other.json")
+    (run / "importance.json").unlink()
     finetune = arguments(place, "lq_nets", *chosen, "--policy", str(run / "policy.json"))
     assert train.main(finetune) == 0
     rows = json.loads((run / "results.json").read_text())["rows"]

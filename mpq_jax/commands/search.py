@@ -10,6 +10,7 @@ from mpq_jax.command_line import command
 from mpq_jax.commands.search_options import parse
 from mpq_jax.files import check_out
 from mpq_jax.types import Refusal
+from mpq_jax.workdir import importance_of
 
 
 class Table(NamedTuple):
@@ -21,8 +22,8 @@ class Table(NamedTuple):
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
-    """The folder under runs/ whose importance.json is newest. Raises Refusal where there is none."""
-    files = sorted(root.rglob("importance.json"), key=lambda path: path.stat().st_mtime)
+    """The folder under runs/ whose importance table is newest. Raises Refusal where there is none."""
+    files = sorted(root.rglob("importance*.json"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise Refusal(f"no run under {root}/ has an importance.json; train one, or give --workdir or --importance")
     return files[-1].parent
@@ -41,18 +42,40 @@ def importance_path(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     if workdir is None:
         workdir = newest_run()
         print(f"run: {workdir} (the newest)")
-    if arguments.criterion is not None:
-        from mpq_jax.criteria import files as criteria
+    from mpq_jax.criteria import files as criteria
 
-        near = criteria.near(arguments.criterion, arguments.budget)
-        return criteria.ensure(workdir, arguments.criterion, [*near, *overrides])
-    path = workdir / "importance.json"
-    if not path.exists():
-        raise Refusal(
-            f"{path} does not exist; finish joint training with: python train.py --config … --workdir {workdir}, "
-            "or take a --criterion that needs none, such as output_fisher"
-        )
+    learned = workdir / "importance.json"
+    if arguments.method != "ilp" and learned.is_file():
+        return learned  # such a search reads the layers of it, not the numbers
+    if arguments.criterion is None and not (workdir / "config.json").is_file():
+        if not learned.is_file():
+            raise Refusal(
+                f"{workdir} holds no run and no importance.json; train one with: python train.py --config … --workdir "
+                f"{workdir}, or give another --workdir"
+            )
+        return learned
+    name = arguments.criterion or criteria.default(workdir)
+    near = criteria.near(name, arguments.budget)
+    if arguments.criterion is not None:
+        return criteria.ensure(workdir, name, [*near, *overrides])
+    print(f"criterion: {name}" + ("" if name == "learned" else " (LIMPQ's learned step sizes: --criterion learned)"))
+    try:
+        path = criteria.ensure(workdir, name, near)
+    except Refusal as refusal:
+        if name == "learned" or not learned.is_file():
+            raise
+        raise Refusal(f"{refusal}; or search the learned step sizes: --criterion learned") from None
     return path
+
+
+def checked_path(arguments: argparse.Namespace, overrides: Sequence[str]) -> Path:
+    """The importance.json that --check takes: the one in the run that the policy was found with, unless one is named."""
+    if arguments.importance is None and arguments.import_limpq is None and arguments.criterion is None:
+        arguments.workdir = arguments.workdir or newest_run()
+        path = importance_of(arguments.workdir, arguments.policy)
+        print(f"importance: {path}")
+        return path
+    return importance_path(arguments, overrides)
 
 
 def load_table(arguments: argparse.Namespace, path: Path) -> Table:
@@ -248,7 +271,7 @@ def answer_check(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
 
     for text in arguments.budget:
         costs.check_text(text)
-    table = repaired(load_table(arguments, importance_path(arguments, overrides)))
+    table = repaired(load_table(arguments, checked_path(arguments, overrides)))
     importance = table.importance
     policy = load_policy(arguments.policy, importance.layers, importance.bit_widths, importance.activation_bit_widths)
     budgets = parse_budgets(arguments, importance, arguments.budget) if arguments.budget else []

@@ -36,7 +36,8 @@ def make_parser() -> Parser:
     add("--workdir", type=Path, help="a run; default: the newest under runs/")
     add("--importance", type=Path, help="an importance.json of any origin, in place of a run")
     add("--import-limpq", type=Path, help="indicators of LIMPQ's code (.pkl) or a .csv; needs --config for the layers")
-    add("--criterion", help=f"whose table, computed once and kept: {', '.join(CRITERIA)} (default learned)")
+    names = ", ".join(CRITERIA)
+    add("--criterion", help=f"whose table, computed once and kept: {names} (default: the run's search.criterion)")
     add(
         "--rule",
         action="append",

@@ -67,18 +67,27 @@ def function_of(name: str) -> Callable[..., Importance | Measured]:
 
 
 def compute(
-    name: str, workdir: Path, config: Config, *, path: Path, made_from: Mapping[str, Any], rows: Path, log: Path | None
+    name: str,
+    workdir: Path,
+    config: Config,
+    *,
+    path: Path,
+    made_from: Mapping[str, Any],
+    rows: Path,
+    log: Path | None,
+    opened: tuple[stages.Run, Any] | None = None,
 ) -> Importance:
     """Measures a criterion on a run's folder and keeps it as `path`, with what is to be known of it under "about".
 
     config: the run's, with the `criteria` settings to use. made_from: plain JSON, kept under "about" as it is. rows: the
     log of joint training's random rows, for criteria that take it. log: what alpha is fitted to; None: it is not fitted.
+    opened: (the run, its calibrated variables) where the caller has them; None: from the folder.
     Raises Refusal for a stage that is not finished.
     """
     criterion = find(name)
     print(f"criterion {name}: {criterion.line}")
-    run = stages.open_run(config, workdir)
-    given = _given(run, config, rows, log, set(inspect.signature(function_of(name)).parameters))
+    run, start = opened or (stages.open_run(config, workdir), None)
+    given = _given(run, start, config, rows, log, set(inspect.signature(function_of(name)).parameters))
     measured = measure(name, **given)
     if "rows" in given and sliced(config.joint, len(row_names(run.model, config.joint))):
         measured = measured._replace(notes=(*measured.notes, NOISY))
@@ -100,16 +109,22 @@ def compute(
     return measured.importance
 
 
-def _given(run: stages.Run, config: Config, rows: Path, log: Path | None, wanted: set[str]) -> dict[str, Any]:
-    """What the criterion takes, and nothing else, from the run's folder."""
+def _given(
+    run: stages.Run, start: Any, config: Config, rows: Path, log: Path | None, wanted: set[str]
+) -> dict[str, Any]:
+    """What the criterion takes, and nothing else, from the run's folder. start: calibrated variables, None to read them."""
+
+    def calibrated() -> Any:
+        return stages.calibrated(run, stages.finished_float(run)) if start is None else start
+
     sources: Mapping[str, Callable[[], Any]] = {
         "model": lambda: run.model,
         "task": run.task,
-        "variables": lambda: _variables(run, config),
+        "variables": lambda: _variables(run, calibrated(), config),
         "batches": lambda: _batches(run, config),
         "rows": lambda: load_rows(rows, run.model.layers),
         "log": lambda: load_rows(log, run.model.layers) if log else None,
-        "joint": lambda: stages.finished_joint(run, stages.calibrated(run, stages.finished_float(run))),
+        "joint": lambda: stages.finished_joint(run, calibrated()),
         "rules": lambda: config.search.rules,
         "base": lambda: _base(run.workdir, run.model),
         "pairs": lambda: _pairs(run),
@@ -119,9 +134,8 @@ def _given(run: stages.Run, config: Config, rows: Path, log: Path | None, wanted
     return {key: sources[key]() if key in sources else settings[key] for key in wanted}
 
 
-def _variables(run: stages.Run, config: Config) -> Any:
-    """The float model's variables, with calibrated or jointly learned step sizes beside the weights."""
-    start = stages.calibrated(run, stages.finished_float(run))
+def _variables(run: stages.Run, start: Any, config: Config) -> Any:
+    """The float model's variables, with calibrated (`start`) or jointly learned step sizes beside the weights."""
     if config.criteria.step_sizes == "calibrated":
         return start
     learned = flax_seam.flatten(stages.finished_joint(run, start)["params"])

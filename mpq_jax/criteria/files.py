@@ -35,15 +35,21 @@ def config_of(workdir: Path, overrides: Sequence[str] = ()) -> Config:
     return config_lib.override(config, overrides)
 
 
+def default(workdir: Path) -> str:
+    """The criterion that a search takes unless told: the run's search.criterion; "learned" of a folder that is no run's."""
+    return load_config(workdir).search.criterion if (workdir / "config.json").is_file() else "learned"
+
+
 def near(name: str, budgets: Sequence[str]) -> list[str]:
     """What a criterion that draws policies near the budgets is told of them; a latency's table it does not have."""
     texts = [text for text in budgets if not text.startswith("latency")]
     return ["--criteria.near", ";".join(texts)] if "near" in find(name).settings and texts else []
 
 
-def ensure(workdir: Path, name: str, overrides: Sequence[str] = ()) -> Path:
+def ensure(workdir: Path, name: str, overrides: Sequence[str] = (), opened: Any = None) -> Path:
     """The criterion's file, computed if it is not there or is of other settings; only then is JAX imported.
 
+    opened: the (run, calibrated variables) that the caller holds already; None: they are read from the folder.
     Raises Refusal for a name that does not exist, and where the run lacks what the criterion needs.
     """
     path = path_of(workdir, name)
@@ -62,6 +68,7 @@ def ensure(workdir: Path, name: str, overrides: Sequence[str] = ()) -> Path:
         made_from=made_from(workdir, name, config),
         rows=rows_file(workdir),
         log=log if uses_log(name) and log.is_file() else None,
+        opened=opened,
     )
     return path
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two l
     from mpq_jax.config import Config
     from mpq_jax.costs import bitops, parse_budgets, size
     from mpq_jax.criteria.learned import learned
+    from mpq_jax.criteria.output_fisher import output_fisher
     from mpq_jax.evaluation import make_batch_statistics, make_evaluate
     from mpq_jax.float_model import FloatModel
     from mpq_jax.importance import load_importance, repair, save_importance
@@ -38,6 +39,7 @@ _HOME = {
     "config": ("Config",),
     "costs": ("bitops", "parse_budgets", "size"),
     "criteria.learned": ("learned",),
+    "criteria.output_fisher": ("output_fisher",),
     "evaluation": ("make_batch_statistics", "make_evaluate"),
     "float_model": ("FloatModel",),
     "importance": ("load_importance", "repair", "save_importance"),
@@ -96,6 +98,7 @@ __all__ = [
     "make_batch_statistics",
     "make_evaluate",
     "make_step",
+    "output_fisher",
     "pact",
     "parse_budgets",
     "partition",

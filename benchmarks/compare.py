@@ -74,6 +74,8 @@ def open_bench(config: Config, workdir: Path, texts: Sequence[str]) -> Bench:
     from mpq_jax.pipeline import learn, stage_of, starts
     from mpq_jax.search import measure
 
+    # Every criterion's table is measured, and timed, when it is its turn.
+    config = dataclasses.replace(config, search=dataclasses.replace(config.search, criterion="learned"))
     workdirs.claim(workdir, config, finetuning=False)
     if not (workdir / "importance.json").exists():
         learn(config, workdir)

@@ -18,6 +18,7 @@ lines.jsonl, keyed by what it is of, and a second call goes on from there. Stage
   search     what evolution and DNAS choose at every budget
   predicted  what every table says of the random policies
   accuracy   every contestant at every budget, fine-tuned alike: validation and test loss and accuracy
+  parts      what two tables say of all those policies, weights and activations apart
 
 Nothing is chosen on the test set: it is read after a policy has been chosen, by the tables that training images made.
 """
@@ -34,7 +35,7 @@ from benchmarks.proof_contest import accuracy, search, sliced
 from benchmarks.proof_lines import BUDGETS, LEVELS
 from benchmarks.proof_policies import alone, random, repeats, samples, tune
 from benchmarks.proof_run import CONTESTANTS, NETS, SAMPLED, SEARCHES, Bench, Settings, open_bench
-from benchmarks.proof_tables import HESSIAN, criteria, predicted
+from benchmarks.proof_tables import HESSIAN, criteria, parts, predicted
 from mpq_jax import command_line
 from mpq_jax.criteria import CRITERIA
 
@@ -51,6 +52,7 @@ FUNCTIONS: Mapping[str, Callable[[Bench], None]] = {
     "search": search,
     "predicted": lambda bench: predicted(bench.workdir),
     "accuracy": accuracy,
+    "parts": lambda bench: parts(bench.workdir),
 }
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from benchmarks import cheaper
 from benchmarks.proof_lines import as_lists, as_policy, digest
-from benchmarks.proof_run import SAMPLED, SEARCHES, Bench, held, restated, scores, tuner
-from benchmarks.proof_tables import pairs_of, sampled_table
+from benchmarks.proof_run import SAMPLED, SEARCHES, THIRDS, Bench, held, restated, scores, tuner
+from benchmarks.proof_tables import pairs_of, sampled_table, table_of
 from mpq_jax import costs, data, importance, joint, stages
 from mpq_jax.criteria import CRITERIA, files
 from mpq_jax.criteria.learned import learned
@@ -81,7 +81,7 @@ def chosen(bench: Bench, budget: str, name: str) -> list[list[int]]:
             pairs = pairs_of(bench.run.model, bench.run.variables, bench.run.example())
             own = sampled_table(bench.run.model, pairs, bench.lines, name, budget)
         else:
-            own, _ = importance.repair(importance.load_importance(files.path_of(bench.workdir, name)))
+            own = table_of(bench.workdir, name)
         choice = solve(own._replace(rules=table.rules), budgets).policy
     used = costs.used(budgets[0], choice, table) / budgets[0].limit
     return bench.lines.add(key, policy=as_lists([choice], table)[0], used=used)["policy"]
@@ -101,7 +101,8 @@ def accuracy(bench: Bench) -> None:
     tasks = [(budget, name) for budget in asked for name in uniforms(*bench.budgets(budget))]
     for budget, name in (*tasks, *itertools.product(asked, bench.settings.contestants)):
         made = name in (*SAMPLED, "random") or name.startswith("uniform")
-        made = made or (name in CRITERIA and files.path_of(bench.workdir, name).exists())
+        source = THIRDS.get(name, name)
+        made = made or (source in CRITERIA and files.path_of(bench.workdir, source).exists())
         if not made and f"chosen {budget} {name}" not in bench.lines:
             continue
         bits = chosen(bench, budget, name)

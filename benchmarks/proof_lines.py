@@ -18,6 +18,10 @@ BUDGETS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 LEVELS = ("W2A3", "W3A3", "W3A4", "size W3, A4")  # what every contestant is asked for; A6: weights alone
 PREDICTED = ("W2A3", "W3A3")  # where predictions are measured
+TABLES = {
+    "output_fisher": "output-Fisher",
+    "learned": "learned step sizes",
+}  # whose alpha is looked for after fine-tuning
 
 
 class Lines:
@@ -79,3 +83,10 @@ def best_uniform(lines: Mapping[str, Any], budget: str) -> tuple[str, Mapping[st
     }
     done = {name: one for name, one in found.items() if one is not None}
     return min(done.items(), key=lambda item: item[1]["loss"]) if done else None
+
+
+def finetuned(lines: Mapping[str, Any], budget: str = "") -> dict[str, list[list[int]]]:
+    """{digest: bits} of the contestants' policies that were fine-tuned, at a budget or at all."""
+    chosen = [one["policy"] for key, one in lines.items() if key.startswith(f"chosen {budget}")]
+    named = {digest(bits): bits for bits in chosen}
+    return {key: bits for key, bits in named.items() if f"finetuned {key}" in lines}

@@ -23,8 +23,10 @@ NETS = {
 }
 SEARCHES = ("evolution", "gumbel")
 SAMPLED = ("sampled", "sampled_pairwise")  # regressions on the stage `samples`
+# Tables with the weights' factor a third of what it was: (contestant, whose table).
+THIRDS = {"output_fisher_third": "output_fisher", "learned_third": "learned"}
 CONTESTANTS = (  # the default's joint training with slices of the batch is "sliced"
-    *("learned", "sliced", "output_fisher", "random", "reversed", "initial", "constant", "power_law"),
+    *("learned", "sliced", "output_fisher", *THIRDS, "random", "reversed", "initial", "constant", "power_law"),
     *("hawq", "hawq_v2", "mpqco", "one_at_a_time", "regression", "regression_pairwise"),
     *SAMPLED,
     *SEARCHES,
@@ -82,8 +84,10 @@ class Bench(NamedTuple):
 
 def open_bench(net: str, seed: int, root: Path, settings: Settings, overrides: Sequence[str]) -> Bench:
     """Trains what is not trained yet, and opens it."""
-    # What cheaper joint training is measured against, and what all lines so far come from.
-    config = dataclasses.replace(config_lib.load(NETS[net], ["--joint.slices=false", *overrides]), seed=seed)
+    # Whole batches: what cheaper joint training is measured against, and what all lines so far come from. Tables are a
+    # stage of their own.
+    fixed = ["--joint.slices=false", "--search.criterion=learned"]
+    config = dataclasses.replace(config_lib.load(NETS[net], [*fixed, *overrides]), seed=seed)
     workdir = root / net / f"seed{seed}"
     workdirs.claim(workdir, config, finetuning=False)
     if not (workdir / "importance.json").exists():

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.proof_lines import BUDGETS, LEVELS, PREDICTED, Lines, as_policy
-from benchmarks.proof_run import SAMPLED, Bench
+from benchmarks.proof_lines import BUDGETS, LEVELS, PREDICTED, TABLES, Lines, as_policy, finetuned
+from benchmarks.proof_run import SAMPLED, THIRDS, Bench
 from mpq_jax import build, costs, data, importance, joint
 from mpq_jax import config as config_lib
 from mpq_jax import workdir as workdirs
@@ -81,6 +81,37 @@ def sampled_table(model: QuantizedModel, pairs: Any, lines: Lines, name: str, bu
     return measure(fitted, model=model, rows=log, pairs=pairs, settled=1.0).importance
 
 
+def table_of(workdir: Path, name: str) -> Importance:
+    """A criterion's table in a run's folder, repaired; of THIRDS, one with a third of the weights' factor.
+
+    "output_fisher" is of the model as it is, whatever factor its file has.
+    """
+    source = THIRDS.get(name, name)
+    table, _ = importance.repair(importance.load_importance(files.path_of(workdir, source)))
+    alpha = 1.0 if source == "output_fisher" else table.alpha
+    return table._replace(alpha=alpha / 3 if name in THIRDS and alpha is not None else alpha)
+
+
+def parts(workdir: Path) -> None:
+    """The lines "parts NAME": W and A of every fine-tuned policy, by the tables of TABLES in a run's folder."""
+    lines = Lines(workdir / "lines.jsonl")
+    policies = finetuned(lines.lines)
+    for name in TABLES:
+        there = lines.lines.get(f"parts {name}", {"policies": {}})["policies"]
+        if policies.keys() <= there.keys() or not files.path_of(workdir, name).exists():
+            continue
+        both = table_of(workdir, name)._replace(alpha=1.0)
+        nothing = {kind: np.zeros_like(getattr(both, kind)) for kind in ("weight", "activation")}
+        found = {
+            key: [
+                importance.total(both._replace(**{other: nothing[other]}), as_policy(bits, both))
+                for other in ("activation", "weight")
+            ]
+            for key, bits in policies.items()
+        }
+        lines.add(f"parts {name}", alpha=table_of(workdir, name).alpha, policies=found)
+
+
 def predicted(workdir: Path) -> None:
     """What every criterion says of the random policies, from the tables and lines in a run's folder; nothing is trained.
 
@@ -117,13 +148,13 @@ def predicted(workdir: Path) -> None:
                 solve(table, budgets)
                 seconds.append(time.process_time() - began)
             lines.add(f"solve {budget}", cpu_seconds=sorted(seconds)[2])
-    for budget, name in itertools.product(PREDICTED, (*CRITERIA, *TRIED)):
+    for budget, name in itertools.product(PREDICTED, (*CRITERIA, *THIRDS, *TRIED)):
         if f"predicted {budget} {name}" in lines or f"random {budget}" not in lines:
             continue
         if name in TRIED:
             table = sampled_table(model, given["pairs"], lines, name, budget)
-        elif files.path_of(workdir, name).exists():
-            table, _ = importance.repair(importance.load_importance(files.path_of(workdir, name)))
+        elif files.path_of(workdir, THIRDS.get(name, name)).exists():
+            table = table_of(workdir, name)
         else:
             continue
         policies = [as_policy(bits, table) for bits in lines[f"random {budget}"]["policies"]]

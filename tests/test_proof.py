@@ -6,7 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import proof, proof_cheaper, proof_contest, proof_document, proof_lines, proof_statistics, proof_tables
+from benchmarks import (
+    proof,
+    proof_alpha,
+    proof_cheaper,
+    proof_contest,
+    proof_document,
+    proof_lines,
+    proof_statistics,
+    proof_tables,
+)
 from mpq_jax import build, config, costs, importance
 from mpq_jax.types import Bits, Importance, Layer
 
@@ -42,6 +51,21 @@ def test_a_difference_computed_another_way(runs):
         ]
         wanted.append(one["test_accuracy"] - min(others, key=lambda each: each["loss"])["test_accuracy"])
     assert proof_document.differences(runs, "resnet8", "W3A3", "sampled") == pytest.approx(wanted)
+
+
+def test_alpha_after_fine_tuning_computed_another_way():
+    """Two policies' order flips where alpha does; of one budget only, and of policies that were fine-tuned."""
+    lines = {"parts made": {"alpha": None, "policies": {}}}
+    for budget in proof_alpha.LEVELS:
+        for i, (weight, activation, loss) in enumerate([(4, 0, 1), (0, 3, 2), (4, 3, 3), (6, 3, 4)]):
+            bits = [[proof_alpha.LEVELS.index(budget), i]]
+            lines[f"chosen {budget} c{i}"] = {"policy": bits}
+            lines[f"finetuned {proof_lines.digest(bits)}"] = {"loss": loss}
+            lines["parts made"]["policies"][proof_lines.digest(bits)] = [weight, activation]
+        lines[f"chosen {budget} untried"] = {"policy": [[9, 9]]}
+    assert proof_alpha.within(lines, "made", 0.5) == pytest.approx(1)  # 2, 3, 5, 6
+    assert proof_alpha.within(lines, "made", 1.0) == pytest.approx(0.8)  # 4, 3, 7, 9
+    assert proof_alpha.within(lines, "another", 1.0) is None
 
 
 def test_every_policy_keeps_its_budget(runs):
@@ -138,8 +162,8 @@ def test_the_stages_on_digits(tmp_path, quick_compilation, capsys):
     """Few steps of a small network: what the lines say, worked out again; a second call finds all of it done."""
     command = ["--net", "digits", "--root", str(tmp_path), "--budgets", "W3A3", "--finetune_steps", "2", "--rows", "3"]
     command += ["--policies", "3", "--samples", "24", "--sample_batches", "1", "--sample_size", "32"]
-    command += ["--stages", "learn", "random", "samples", "predicted", "sliced", "accuracy"]
-    command += ["--contestants", "sampled", "learned", "sliced", "constant", "reversed"]
+    command += ["--stages", "learn", "random", "samples", "predicted", "sliced", "accuracy", "parts"]
+    command += ["--contestants", "sampled", "learned", "learned_third", "sliced", "constant", "reversed"]
     command += ["--model.name", "cnn_nnx", "--model.options", '{"width": 0.25}', "--pretrain.steps", "20"]
     command += ["--joint.steps", "40", "--joint.error_steps", "10", "--joint.alpha_policies", "8"]
     command += ["--statistics_batches", "2", "--eval_batch_size", "100"]
@@ -161,7 +185,21 @@ def test_the_stages_on_digits(tmp_path, quick_compilation, capsys):
         assert predicted == pytest.approx(sum(harm))
     assert (np.diff(lines["random W3A3"]["halves"], axis=1) != 0).all()
     assert (np.array(lines["samples all"]["divergence"]) > 0).all()
-    for name in ("sampled", "learned", "sliced", "constant", "reversed"):
+    for name in ("sampled", "learned", "learned_third", "sliced", "constant", "reversed"):
         assert proof_lines.result(lines, "W3A3", name)["steps"] == 2
+    # What the learned table says of what was fine-tuned, weights and activations apart; each alpha's choice is best by it.
+    said = {}
+    for name in ("learned", "learned_third", "constant", "uniform W3A3"):
+        bits = lines[f"chosen W3A3 {name}"]["policy"]
+        said[name] = lines["parts learned"]["policies"][proof_lines.digest(bits)]
+        assert said[name] == pytest.approx(
+            [
+                sum(row[pair[kind] - 2] for row, pair in zip(harm, bits, strict=True))
+                for kind, harm in enumerate((table.weight, table.activation))
+            ]
+        )
+    for name, alpha in (("learned", table.alpha), ("learned_third", table.alpha / 3)):
+        objective = {other: alpha * weight + activation for other, (weight, activation) in said.items()}
+        assert objective[name] <= min(objective.values()) * (1 + 1e-9)
     assert proof_lines.best_uniform(lines, "W3A3") is not None and 0 < lines["float"]["test_accuracy"] < 1
     assert proof.main(command) == 0 and (workdir / "lines.jsonl").read_text() == written

@@ -41,7 +41,7 @@ def test_finds_prints_and_writes(place, capsys):
         used = cost_by_hand(TABLE, policy, name)
         limit = saved["budgets"][name]["limit"]
         assert saved["budgets"][name]["used"] == used <= limit and f"({100 * used / limit:.2f} %)" in shown
-    assert saved["status"] == "optimal" and "optimal" in shown and "alpha: 1.3 (fitted in training)" in shown
+    assert saved["status"] == "optimal" and "optimal" in shown and "alpha: 1.3 (of the table)" in shown
     assert all(word in shown for word in ("best uniform", "random", "reversed", *policy))
 
 

@@ -91,7 +91,7 @@ def load_table(arguments: argparse.Namespace, path: Path) -> Table:
         if alpha is not None:
             raise Refusal(f"{path} holds a pair table, which has no alpha; leave --alpha out")
     elif arguments.method == "ilp":
-        fitted = "fitted in training" if importance.alpha is not None else "1: the file has none"
+        fitted = "of the table" if importance.alpha is not None else "1: the file has none"
         print(f"alpha: {alpha or importance.alpha or 1.0:g} ({'as given' if alpha is not None else fitted})")
     if rules:
         print(f"rules: {'; '.join(rules)}")

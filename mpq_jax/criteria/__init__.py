@@ -84,10 +84,10 @@ CRITERIA: Mapping[str, Criterion] = {
     "output_fisher": Criterion(
         "output_fisher:output_fisher",
         ("checkpoint", "labels"),
-        "loss",
+        "loss (alpha weighs weights against activations)",
         "1 pass over samples, and K products a layer and operand",
         "squared gradients of each layer's outputs times their squared quantization errors",
-        FIRST_ORDER,
+        (*FIRST_ORDER, "alpha"),
     ),
     "regression": Criterion(
         "regression:regression",

@@ -1,6 +1,7 @@
 """Where a criterion's table lies in a run's folder, whether it is there and still true, and what it lacks. No JAX."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ def _check_settings(settings: config_lib.Criteria) -> None:
     for name, least in (("samples", 1), ("batch_size", 1), ("hessian_samples", 1), ("max_draws", 2), ("policies", 20)):
         if getattr(settings, name) < least:
             raise Refusal(f"criteria.{name} is {getattr(settings, name)}; give a number from {least}")
+    if not 0 < settings.alpha < math.inf:
+        raise Refusal(f"criteria.alpha is {settings.alpha:g}; give a positive number, e.g. 1")
     if not 0 < settings.relative_error < 1:
         raise Refusal(
             f"criteria.relative_error is {settings.relative_error:g}; give a share between 0 and 1, e.g. 0.05"

@@ -92,7 +92,7 @@ def load_table(arguments: argparse.Namespace, path: Path) -> Table:
             raise Refusal(f"{path} holds a pair table, which has no alpha; leave --alpha out")
     elif arguments.method == "ilp":
         fitted = "of the table" if importance.alpha is not None else "1: the file has none"
-        print(f"alpha: {alpha or importance.alpha or 1.0:g} ({'as given' if alpha is not None else fitted})")
+        print(f"alpha: {alpha or importance.alpha or 1.0:.4g} ({'as given' if alpha is not None else fitted})")
     if rules:
         print(f"rules: {'; '.join(rules)}")
     importance = importance._replace(rules=rules)

@@ -105,7 +105,7 @@ def _importance(report: Report, links: Mapping[str, str]) -> list[str]:
     alpha = report.importance.alpha
     return [
         "## Importance",
-        f"Criterion: {report.importance.criterion}" + (f", alpha {alpha:g}." if alpha is not None else "."),
+        f"Criterion: {report.importance.criterion}" + (f", alpha {alpha:.4g}." if alpha is not None else "."),
         "The heat maps show the mean over the other's bit-widths." if report.importance.pair is not None else "",
         links["importance"],
         links.get("indicators", ""),

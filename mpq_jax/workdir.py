@@ -12,6 +12,8 @@ from mpq_jax.types import Refusal
 
 # What float and joint training depend on; fine-tuning may be repeated with other settings.
 _LEARNING = ("seed", "data", "model", "quantize", "pretrain", "joint")
+# Which table searches take, how it is measured and with which rules: as the last training command says.
+_TABLES = ("search", "criteria")
 # These change how a run goes, not what comes out of it.
 _FREE = ("data.data_dir", "data.workers", "joint.rows_at_a_time", "joint.recompute", "finetune.recompute")
 
@@ -27,6 +29,8 @@ def check_place(workdir: Path, finetuning: bool) -> None:
 def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> bool:
     """Makes the folder this run's, or checks that it is. -> whether it was made so now
 
+    The settings of the searched table are those of the last command that was not a fine-tuning.
+
     Raises Refusal where it holds a run with other settings, naming them.
     """
     check_place(workdir, finetuning)
@@ -41,6 +45,8 @@ def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> bool:
         shown = ", ".join(f"{key} is {_at(theirs, key)} there, {_at(mine, key)} now" for key in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise Refusal(f"{workdir} is another run's ({shown}{more}); choose another --workdir, or the same options")
+    if not finetuning and any(mine[section] != theirs[section] for section in _TABLES):
+        write_json(path, {"format": "mpq-run", "version": 1, "config": theirs | {name: mine[name] for name in _TABLES}})
     return False
 
 

@@ -178,20 +178,25 @@ def test_another_default(place, tmp_path, capsys):
     (float_run / "importance_output_fisher.json").unlink(missing_ok=True)
     assert search.main(["--workdir", str(float_run), *BUDGET]) == 0
     assert made_with(float_run / "policy.json") == sha256(float_run / "importance_output_fisher.json")
-    # What needs the budgets waits for them; what is refused does not undo the training.
-    run = str(tmp_path / "sampled")
+    # The last training command decides. What needs the budgets waits for them; a refusal does not undo the training.
+    run = str(tmp_path / "joint")
     shutil.copytree(place / "joint", run)
     for more, words in (
         (("--search.criterion", "sampled"), "criterion sampled is measured by the first search"),
         (("--criteria.samples", "0"), "criterion output_fisher was not measured: criteria.samples is 0"),
+        (("--search.rules", "dense2=w4"), "importance of 2 layers"),
     ):
-        config = json.loads((Path(run) / "config.json").read_text())
-        section, _, name = more[0][2:].partition(".")
-        config["config"][section][name] = more[1] if section == "search" else int(more[1])
-        (Path(run) / "config.json").write_text(json.dumps(config))
         capsys.readouterr()
         assert train.main([*command, run, *more]) == 0
         assert words in capsys.readouterr().out
+        assert files.default(Path(run)) == ("sampled" if "sampled" in more else "output_fisher")
+    measured = json.loads((Path(run) / "importance_output_fisher.json").read_text())
+    assert search.main(["--workdir", run, *BUDGET]) == 0 and "rules: dense2=w4" in capsys.readouterr().out
+    assert json.loads((Path(run) / "policy.json").read_text())["bits"]["dense2"][0] == 4
+    # Other rules change no number of the table, and it is not measured again.
+    assert train.main([*command, run]) == 0 and "criterion output_fisher:" not in capsys.readouterr().out
+    assert measured.pop("rules") == ["dense2=w4"]
+    assert json.loads((Path(run) / "importance_output_fisher.json").read_text()) == measured
 
 
 @pytest.mark.parametrize("name", CRITERIA)

@@ -56,7 +56,10 @@ def ensure(workdir: Path, name: str, overrides: Sequence[str] = (), opened: Any 
     path = path_of(workdir, name)
     config = config_of(workdir, overrides)
     check_needs(workdir, name, config)
-    if name == "learned" or is_true(path, workdir, name, config):
+    if name == "learned":
+        return path
+    if is_true(path, workdir, name, config):
+        _set_rules(path, config.search.rules)
         return path
     from mpq_jax.criteria.compute import compute
 
@@ -134,6 +137,14 @@ def is_true(path: Path, workdir: Path, name: str, config: Config) -> bool:
             f"{path} does not say what it was made from; use it as it is with --importance {path}, or move it away"
         )
     return about["made_from"] == made_from(workdir, name, config)
+
+
+def _set_rules(path: Path, rules: tuple[str, ...]) -> None:
+    """The run's rules in a table that was made under others: they change nothing that was measured."""
+    table = importances.load_importance(path)
+    if table.rules != rules:
+        about = read_json(path, importances.FORMAT, importances.VERSION, importances.MADE_BY)["about"]
+        importances.save_importance(path, table._replace(rules=rules), about)
 
 
 def made_from(workdir: Path, name: str, config: Config) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def real_steps(name: str, batch: int, data_dir: Path, workdir: Path) -> None:
         "joint.batch_size": batch,
         "eval_batch_size": batch,
         "log_every": 1,
+        "search.criterion": "learned",  # steps alone
     }
     overrides = [f"--{key}={value}" for key, value in options.items()]
     code = train.main(["--config", str(ROOT / f"configs/{name}.py"), "--workdir", str(workdir / name), *overrides])

@@ -25,7 +25,7 @@ from mpq_jax.numerics import at_bits
 from mpq_jax.search import best_uniform, random_policies
 from mpq_jax.search.constraints import check_search_rules
 from mpq_jax.types import Bits, Budget, Importance, Policy, QuantizedModel, Refusal
-from mpq_jax.workdir import importance_of, latest_step, latest_whole, settings
+from mpq_jax.workdir import importance_of, keep_table_settings, latest_step, latest_whole, settings
 
 # (name, policies that its row is the mean of)
 Contestant = tuple[str, list[dict[str, Bits]]]
@@ -38,9 +38,13 @@ def learn_float(config: Config, workdir: Path) -> tuple[stages.Run, Mapping[str,
     searched = sum(layer.searched for layer in run.model.layers)
     widths = run.model.bit_widths, run.model.activation_bit_widths
     check_search_rules(config.search.rules, Importance("none yet", *widths, run.model.layers, None, None))
+    if processes.first() and (workdir / "config.json").exists():
+        keep_table_settings(workdir, config)
     print(f"{config.model.name} on {config.data.name}: {searched} of {len(run.model.layers)} layers are searched")
     if reason := unlearnable(run.model.quantizer):
-        print(f"note: joint training of this run will make no importance.json: {reason}")
+        taken = config.search.criterion
+        then = "choose another --search.criterion" if _needs_learned(config) else f"searches take {taken}"
+        print(f"note: joint training of this run will make no importance.json: {reason}; {then}")
     variables = stages.pretrain(run)
     loss, accuracy = _evaluated(run, variables, None, "validation")
     shown = f"validation accuracy {accuracy:.2%}, loss" if run.has_accuracy else "validation loss"
@@ -70,6 +74,8 @@ def learn(config: Config, workdir: Path) -> Importance | None:
     if alpha is None and config.joint.alpha_policies:
         log = stages.measured_rows(run, state, config.joint.alpha_policies)
         save_rows(workdir / "joint" / "alpha_rows.npz", run.model.layers, log)
+    if not _needs_learned(config):
+        _measure_searched(run, start)
     table, outliers = importance.repair(learned(run.model, end, log))
     table = table._replace(alpha=alpha if alpha is not None else table.alpha, rules=config.search.rules)
     for path, kind, bits in outliers:
@@ -84,10 +90,17 @@ def learn(config: Config, workdir: Path) -> Importance | None:
             "outliers": [list(outlier) for outlier in outliers],
         },
     )
+    # Last, so that where it is all others are, too.
     importance.save_importance(workdir / "importance.json", table)
     print(f"importance of {searched} layers, alpha {table.alpha:g}: {workdir / 'importance.json'}")
-    _measure_searched(run, start)
+    if _needs_learned(config):
+        _measure_searched(run, start)
     return table
+
+
+def _needs_learned(config: Config) -> bool:
+    """Whether the table that searches take is made from importance.json."""
+    return "indicators" in find(config.search.criterion).needs or config.criteria.step_sizes == "joint"
 
 
 def _measure_searched(run: stages.Run, start: Mapping[str, Any]) -> None:
@@ -104,8 +117,16 @@ def _measure_searched(run: stages.Run, start: Mapping[str, Any]) -> None:
         return
     try:
         criteria.ensure(run.workdir, name, opened=(run, start))
-    except Refusal as refusal:  # training is done all the same, and other tables can be searched
+    # Training is done all the same, and other tables can be searched.
+    except Refusal as refusal:
         print(f"note: criterion {name} was not measured: {refusal}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"note: criterion {name} was not measured: memory is too short for {run.config.criteria.batch_size} samples at "
+            f"once; measure it with: python search.py --workdir {run.workdir} --criterion {name} --criteria.batch_size 8"
+        )
 
 
 def _alpha(text: str) -> float | None:

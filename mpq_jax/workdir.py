@@ -29,8 +29,6 @@ def check_place(workdir: Path, finetuning: bool) -> None:
 def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> bool:
     """Makes the folder this run's, or checks that it is. -> whether it was made so now
 
-    The settings of the searched table are those of the last command that was not a fine-tuning.
-
     Raises Refusal where it holds a run with other settings, naming them.
     """
     check_place(workdir, finetuning)
@@ -45,9 +43,15 @@ def claim(workdir: Path, config: config_lib.Config, finetuning: bool) -> bool:
         shown = ", ".join(f"{key} is {_at(theirs, key)} there, {_at(mine, key)} now" for key in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise Refusal(f"{workdir} is another run's ({shown}{more}); choose another --workdir, or the same options")
-    if not finetuning and any(mine[section] != theirs[section] for section in _TABLES):
-        write_json(path, {"format": "mpq-run", "version": 1, "config": theirs | {name: mine[name] for name in _TABLES}})
     return False
+
+
+def keep_table_settings(workdir: Path, config: config_lib.Config) -> None:
+    """Makes the settings of the searched table those of `config`: of the last command that trains, once it is not refused."""
+    path = workdir / "config.json"
+    mine, theirs = config_lib.to_json(config), config_lib.to_json(load_config(workdir))
+    if any(mine[section] != theirs[section] for section in _TABLES):
+        write_json(path, {"format": "mpq-run", "version": 1, "config": theirs | {name: mine[name] for name in _TABLES}})
 
 
 def release(workdir: Path) -> None:
@@ -103,21 +107,27 @@ def importance_of(workdir: Path, policy: str | Path) -> Path:
 
     Raises Refusal where there is neither.
     """
+    return _importance_of(workdir, policy)[0]
+
+
+def _importance_of(workdir: Path, policy: str | Path) -> tuple[Path, bool]:
+    """(the file, whether the policy was found with it)"""
     from mpq_jax.criteria import files as criteria
     from mpq_jax.importance import sha256
     from mpq_jax.policy import FORMAT, MADE_BY, VERSION
 
     digest = read_json(policy, FORMAT, VERSION, MADE_BY).get("importance_sha256")
     learned, others = workdir / "importance.json", sorted(workdir.glob("importance_*.json"))
-    usual = criteria.path_of(workdir, criteria.default(workdir))
-    found = next((file for file in (learned, *others) if file.is_file() and sha256(file) == digest), None)
-    found = found or next((file for file in (usual, learned) if file.is_file()), None)
-    if found is None:
-        raise Refusal(
-            f"{policy} was not found with any importance in {workdir}; find one with: python search.py --workdir "
-            f"{workdir} --criterion … --budget …, or finish joint training: run train.py without --policy"
-        )
-    return found
+    for file in (learned, *others):
+        if file.is_file() and sha256(file) == digest:
+            return file, True
+    for file in (criteria.path_of(workdir, criteria.default(workdir)), learned):
+        if file.is_file():
+            return file, False
+    raise Refusal(
+        f"{policy} was not found with any importance in {workdir}; find one with: python search.py --workdir "
+        f"{workdir} --criterion … --budget …, or finish joint training: run train.py without --policy"
+    )
 
 
 def check_policy(workdir: Path, policy: str | Path, start: str) -> None:
@@ -125,7 +135,10 @@ def check_policy(workdir: Path, policy: str | Path, start: str) -> None:
     from mpq_jax.importance import load_importance
     from mpq_jax.policy import load_policy
 
-    importance = load_importance(importance_of(workdir, policy))
+    path, found_with = _importance_of(workdir, policy)
+    if not found_with:
+        print(f"note: {policy} was found with no table that is in {workdir} now; it is shown beside {path.name}")
+    importance = load_importance(path)
     if start == "joint" and latest_step(workdir / "joint") is None:
         raise Refusal(
             f"fine-tuning starts from the joint model, and joint training is not done in {workdir}; "

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import search
 import train
-from mpq_jax.config import Config, Criteria, Quantize, from_json, to_json
+from mpq_jax.config import Config, Criteria, Model, Quantize, from_json, to_json
 from mpq_jax.criteria import CRITERIA, compute, files
 from mpq_jax.importance import load_importance, sha256
 
@@ -178,14 +179,27 @@ def test_another_default(place, tmp_path, capsys):
     (float_run / "importance_output_fisher.json").unlink(missing_ok=True)
     assert search.main(["--workdir", str(float_run), *BUDGET]) == 0
     assert made_with(float_run / "policy.json") == sha256(float_run / "importance_output_fisher.json")
+    # Without a checkpoint, the table that is there can still be searched, by its file.
+    pretrain = (float_run / "pretrain").rename(tmp_path / "moved")
+    assert search.main(["--workdir", str(float_run), *BUDGET]) == 2
+    assert f"--importance {float_run / 'importance_output_fisher.json'}" in error_of(capsys)
+    pretrain.rename(float_run / "pretrain")
+    # Settings of the criterion, for the default too.
+    assert search.main(["--workdir", str(float_run), *BUDGET, "--criteria.alpha", "2"]) == 0
+    assert "alpha: 2 (of the table)" in capsys.readouterr().out
     # The last training command decides. What needs the budgets waits for them; a refusal does not undo the training.
     run = str(tmp_path / "joint")
     shutil.copytree(place / "joint", run)
     for more, words in (
         (("--search.criterion", "sampled"), "criterion sampled is measured by the first search"),
         (("--criteria.samples", "0"), "criterion output_fisher was not measured: criteria.samples is 0"),
-        (("--search.rules", "dense2=w4"), "importance of 2 layers"),
+        (("--search.rules", "dense2=w4"), "2 of 4 layers are searched"),
     ):
+        capsys.readouterr()
+        kept = (Path(run) / "config.json").read_bytes()
+        for refused in (("--search.criterion", "learnt"), ("--search.rules", "nothing=w4")):
+            assert train.main([*command, run, *refused]) == 2
+            assert (Path(run) / "config.json").read_bytes() == kept
         capsys.readouterr()
         assert train.main([*command, run, *more]) == 0
         assert words in capsys.readouterr().out
@@ -215,6 +229,39 @@ def test_every_criterion_ends_as_a_table(place, name, capsys):
     if name not in ("learned", Config().search.criterion):  # joint training has measured that one
         about = json.loads(files.path_of(place / "joint", name).read_text())["about"]
         assert about["cost"] == CRITERIA[name].cost and f"criterion {name}: {CRITERIA[name].line}" in shown.out
+
+
+def test_memory_that_is_too_short_does_not_undo_the_training(place, tmp_path, capsys, monkeypatch):
+    def short(*_, **__):
+        raise jax.errors.JaxRuntimeError(words)
+
+    run = tmp_path / "run"
+    shutil.copytree(place / "joint", run)
+    for file in run.glob("importance*.json"):
+        file.unlink()
+    monkeypatch.setattr(compute, "compute", short)
+    command = ["--config", str(place / "tiny.py"), "--workdir", str(run)]
+    words = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        train.main(command)
+    words = "RESOURCE_EXHAUSTED: Out of memory"
+    assert train.main(command) == 0 and (run / "importance.json").is_file()
+    assert "memory is too short for 32 samples" in capsys.readouterr().out
+
+
+def test_weights_in_a_folder_are_weights(tmp_path):
+    """An orbax folder, as --model.weights takes it: there, and another one where a file of it changes."""
+    run, weights = tmp_path / "run", tmp_path / "weights"
+    weights.mkdir()
+    config = Config(model=Model(weights=str(weights)))
+    for text in ("one", "two", "one"):
+        (weights / "part").write_text(text)
+        files.check_needs(run, "output_fisher", config)
+        digests = files.made_from(run, "output_fisher", config)["files"]
+        assert len(digests) == 1
+        (tmp_path / text).write_text(json.dumps(digests))
+    assert (tmp_path / "one").read_text() != (tmp_path / "two").read_text()
+    assert json.loads((tmp_path / "one").read_text()) == digests
 
 
 def test_learned_step_sizes_by_option(place):
@@ -280,7 +327,7 @@ def test_options_that_exclude_each_other(place, capsys):
     table = str(place / "joint" / "importance.json")
     assert search.main(["--importance", table, "--criterion", "hawq", *BUDGET]) == 2
     assert "give one of them" in error_of(capsys)
-    assert search.main(["--workdir", str(place / "joint"), *BUDGET, "--criteria.samples", "5"]) == 2
+    assert search.main(["--importance", table, *BUDGET, "--criteria.samples", "5"]) == 2
     assert "unknown option --criteria.samples" in error_of(capsys)
     command = ["--config", str(place / "tiny.py"), "--workdir", str(place / "float")]
     assert train.main([*command, "--float-only", "--policy", table]) == 2

@@ -79,7 +79,7 @@ def test_the_newest_checkpoint_is_the_largest_number(tmp_path):
 
 
 def test_the_table_of_a_policy_is_found_by_its_digest(tmp_path):
-    """Of several tables the one whose file has the digest; importance.json where none has."""
+    """Of several tables the one whose file has the digest; where none has, the one that searches of the run take."""
     files = [tmp_path / name for name in ("importance.json", "importance_hawq.json", "importance_random.json")]
     for seed, file in enumerate(files):
         save_importance(file, made(seed))
@@ -91,6 +91,11 @@ def test_the_table_of_a_policy_is_found_by_its_digest(tmp_path):
         return workdir.importance_of(tmp_path, tmp_path / "policy.json")
 
     assert [found(sha256(file)) for file in files] == files
+    assert found("0" * 64) == files[0]  # a folder that is no run's
+    config = config_lib.to_json(config_lib.Config(search=config_lib.Search(criterion="hawq")))
+    (tmp_path / "config.json").write_text(json.dumps({"format": "mpq-run", "version": 1, "config": config}))
+    assert found("0" * 64) == files[1] and found(sha256(files[0])) == files[0]
+    files[1].unlink()
     assert found("0" * 64) == files[0]
     files[0].unlink()
     with pytest.raises(Refusal, match="was not found with any importance in"):

@@ -45,8 +45,15 @@ def importance_path(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     from mpq_jax.criteria import files as criteria
 
     learned = workdir / "importance.json"
-    if arguments.method != "ilp" and learned.is_file():
-        return learned  # such a search reads the layers of it, not the numbers
+    if arguments.method != "ilp":
+        # Such a search reads the layers of a table, not the numbers, and measures policies on the joint model.
+        if learned.is_file():
+            return learned
+        if not (workdir / "joint").is_dir():
+            raise Refusal(
+                f"{workdir} has no joint model (its folder joint/ is not there), which --method {arguments.method} measures "
+                f"policies on; train it with: python train.py --config … --workdir {workdir}"
+            )
     if arguments.criterion is None and not (workdir / "config.json").is_file():
         if not learned.is_file():
             raise Refusal(
@@ -56,16 +63,21 @@ def importance_path(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
         return learned
     name = arguments.criterion or criteria.default(workdir)
     near = criteria.near(name, arguments.budget)
-    if arguments.criterion is not None:
-        return criteria.ensure(workdir, name, [*near, *overrides])
-    print(f"criterion: {name}" + ("" if name == "learned" else " (LIMPQ's learned step sizes: --criterion learned)"))
+    if arguments.criterion is None:
+        print(
+            f"criterion: {name}" + ("" if name == "learned" else " (LIMPQ's learned step sizes: --criterion learned)")
+        )
     try:
-        path = criteria.ensure(workdir, name, near)
+        return criteria.ensure(workdir, name, [*near, *overrides])
     except Refusal as refusal:
-        if name == "learned" or not learned.is_file():
+        if arguments.criterion is not None:
             raise
-        raise Refusal(f"{refusal}; or search the learned step sizes: --criterion learned") from None
-    return path
+        as_it_is = criteria.path_of(workdir, name)
+        others = [f"search the table that is there: --importance {as_it_is}"] if as_it_is.is_file() else []
+        others += (
+            ["search the learned step sizes: --criterion learned"] if learned.is_file() and name != "learned" else []
+        )
+        raise Refusal("; or ".join([str(refusal), *others])) from None
 
 
 def checked_path(arguments: argparse.Namespace, overrides: Sequence[str]) -> Path:

@@ -44,7 +44,7 @@ def make_parser() -> Parser:
         default=[],
         help='regex=8,8 | 4,4|4,8 | w2/4,a8 | w4+ | 4- | "not w2" | equal | share; repeatable, all hold together',
     )
-    add("--alpha", default="auto", help="factor of the weights' table, or auto: the fitted one (default)")
+    add("--alpha", default="auto", help="factor of the weights' table, or auto: the table's own (default)")
     add(
         "--out",
         type=Path,
@@ -82,7 +82,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     settings = [word for word in rest if word.startswith("--criteria.") or not word.startswith("--")]
     rest = [*short(arguments), *rest]
     modelled = arguments.config or arguments.model
-    allowed = rest if modelled else settings if arguments.criterion else []
+    of_run = arguments.method == "ilp" and not (arguments.importance or arguments.import_limpq or arguments.check)
+    allowed = rest if modelled else settings if of_run or arguments.criterion else []
     if strange := [word for word in rest if word not in allowed]:
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(strange[0].partition("=")[0], known, n=1, cutoff=0.0)

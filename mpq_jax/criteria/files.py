@@ -56,9 +56,7 @@ def ensure(workdir: Path, name: str, overrides: Sequence[str] = (), opened: Any 
     path = path_of(workdir, name)
     config = config_of(workdir, overrides)
     check_needs(workdir, name, config)
-    if name == "learned":
-        return path
-    if is_true(path, workdir, name, config):
+    if name == "learned" or is_true(path, workdir, name, config):
         _set_rules(path, config.search.rules)
         return path
     from mpq_jax.criteria.compute import compute
@@ -79,13 +77,13 @@ def ensure(workdir: Path, name: str, overrides: Sequence[str] = (), opened: Any 
 
 def check_needs(workdir: Path, name: str, config: Config) -> None:
     """Refuses, before anything starts, a criterion whose needs the run's folder does not meet."""
-    _check_settings(config.criteria)
+    _check_settings(config.criteria, find(name).settings)
     needs = set(find(name).needs)
     train = f"python train.py --config … --workdir {workdir}"
     joint_sizes = "step_sizes" in find(name).settings and config.criteria.step_sizes == "joint"
     if "checkpoint" in needs:
         if config.model.weights:
-            if not Path(config.model.weights).is_file():
+            if not Path(config.model.weights).exists():
                 raise Refusal(f"{name} needs float weights, and {config.model.weights} (model.weights) does not exist")
         elif (step := latest_step(workdir / "pretrain")) is None or step < config.pretrain.steps:
             found = "none" if step is None else f"one at step {step} of {config.pretrain.steps}"
@@ -110,15 +108,16 @@ def check_needs(workdir: Path, name: str, config: Config) -> None:
         )
 
 
-def _check_settings(settings: config_lib.Criteria) -> None:
-    if settings.step_sizes not in ("calibrated", "joint"):
+def _check_settings(settings: config_lib.Criteria, used: Sequence[str]) -> None:
+    """Refuses a value that no criterion can have, of those that this one uses."""
+    if "step_sizes" in used and settings.step_sizes not in ("calibrated", "joint"):
         raise Refusal(f'criteria.step_sizes {settings.step_sizes!r} is not known; choose "calibrated" or "joint"')
     for name, least in (("samples", 1), ("batch_size", 1), ("hessian_samples", 1), ("max_draws", 2), ("policies", 20)):
-        if getattr(settings, name) < least:
+        if name in used and getattr(settings, name) < least:
             raise Refusal(f"criteria.{name} is {getattr(settings, name)}; give a number from {least}")
-    if not 0 < settings.alpha < math.inf:
+    if "alpha" in used and not 0 < settings.alpha < math.inf:
         raise Refusal(f"criteria.alpha is {settings.alpha:g}; give a positive number, e.g. 1")
-    if not 0 < settings.relative_error < 1:
+    if "relative_error" in used and not 0 < settings.relative_error < 1:
         raise Refusal(
             f"criteria.relative_error is {settings.relative_error:g}; give a share between 0 and 1, e.g. 0.05"
         )
@@ -140,10 +139,10 @@ def is_true(path: Path, workdir: Path, name: str, config: Config) -> bool:
 
 
 def _set_rules(path: Path, rules: tuple[str, ...]) -> None:
-    """The run's rules in a table that was made under others: they change nothing that was measured."""
+    """The run's rules in a table that was kept under others, where they change nothing that was measured."""
     table = importances.load_importance(path)
     if table.rules != rules:
-        about = read_json(path, importances.FORMAT, importances.VERSION, importances.MADE_BY)["about"]
+        about = read_json(path, importances.FORMAT, importances.VERSION, importances.MADE_BY).get("about")
         importances.save_importance(path, table._replace(rules=rules), about)
 
 
@@ -155,6 +154,8 @@ def made_from(workdir: Path, name: str, config: Config) -> dict[str, Any]:
         "config": {section: run[section] for section in SECTIONS},
         "criteria": {key: settings[key] for key in criterion.settings},
     }
+    if "near" in criterion.settings:  # policies are drawn, and keep them
+        result["rules"] = run["search"]["rules"]
     for free in ("data_dir", "workers"):  # where data lie, and how they are read
         result["config"]["data"].pop(free)
     files = []
@@ -196,6 +197,11 @@ def alpha_rows_file(workdir: Path) -> Path:
 
 
 def _digest(path: Path) -> str:
+    """Of a file; of a folder, of its files' names and digests; "" where there is none."""
+    if path.is_dir():
+        inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        text = "".join(f"{_digest(file)} {file.relative_to(path).as_posix()}\n" for file in inside)
+        return hashlib.sha256(text.encode()).hexdigest()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 

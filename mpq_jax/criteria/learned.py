@@ -64,13 +64,10 @@ def save_rows(path: Path, layers: Sequence[Layer], log: RowLog) -> None:
 
 
 def unlearnable(quantizer: Quantizer) -> str | None:
-    """Why a quantizer has no learned indicators, and what to do; None where it has."""
+    """Why a quantizer has no learned indicators; None where it has."""
     for kind in ("weight", "activation"):
         if getattr(quantizer, kind).indicator is None:
-            return (
-                f"{quantizer.name} learns no spacing for its {kind} grids, so there are no learned indicators; choose "
-                f"another criterion ({', '.join(OTHERS)}; search.py --criterion NAME), or train with --quantizer lsq"
-            )
+            return f"{quantizer.name} learns no spacing for its {kind} grids, so there are no learned indicators"
     return None
 
 
@@ -85,7 +82,8 @@ def learned(model: QuantizedModel, variables: Mapping[str, Any], log: RowLog | N
     Raises Refusal for a quantizer that has none (PACT: its weights, as DoReFa's, have nothing to learn).
     """
     if reason := unlearnable(model.quantizer):
-        raise Refusal(reason)
+        others = f"{', '.join(OTHERS)}; search.py --criterion NAME"
+        raise Refusal(f"{reason}; choose another criterion ({others}), or train with --quantizer lsq")
     tables = {
         kind: np.stack([_row(model, variables, layer, kind) for layer in model.layers if layer.searched])
         for kind in ("weight", "activation")

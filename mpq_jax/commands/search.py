@@ -64,9 +64,8 @@ def importance_path(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     name = arguments.criterion or criteria.default(workdir)
     near = criteria.near(name, arguments.budget)
     if arguments.criterion is None:
-        print(
-            f"criterion: {name}" + ("" if name == "learned" else " (LIMPQ's learned step sizes: --criterion learned)")
-        )
+        other = name != "learned" and learned.is_file()
+        print(f"criterion: {name}" + (" (LIMPQ's learned step sizes: --criterion learned)" if other else ""))
     try:
         return criteria.ensure(workdir, name, [*near, *overrides])
     except Refusal as refusal:

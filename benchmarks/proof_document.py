@@ -249,22 +249,24 @@ def accuracy_table(runs: Runs, net: str) -> str:
     return table(head, rows)
 
 
-def against_table(runs: Runs, net: str) -> str:
-    """The default minus each of the others, paired, in points of test accuracy."""
+def against_table(runs: Runs, net: str, base: str, text_of_base: str) -> str:
+    """A contestant minus each of the others, paired, in points of test accuracy."""
     levels, rows = measured_budgets(runs, net), []
     for name, text in {"best uniform": "the best uniform policy", **CONTESTANTS}.items():
-        found = [proof_paper.paired(runs, net, budget, DEFAULT, name) for budget in levels]
+        found = [proof_paper.paired(runs, net, budget, base, name) for budget in levels]
         cells = [gain(values) if len(values) >= SEEDS else "" for values in found]
-        if name != DEFAULT and any(cells):
+        if name != base and any(cells):
             rows.append([text, *cells])
-    return table(["the default minus", *levels], rows)
+    return table([f"{text_of_base} minus", *levels], rows)
 
 
-def over_budgets(runs: Runs, nets: Collection[str], name: str, field: str, base: str = "learned") -> list[float]:
-    """A contestant's accuracy minus that of `base`, mean over LEVELS; a number a run that has both at all of them."""
+def over_budgets(
+    runs: Runs, nets: Collection[str], name: str, field: str, base: str = "learned", levels: Sequence[str] = LEVELS
+) -> list[float]:
+    """A contestant's accuracy minus that of `base`, mean over `levels`; a number a run that has both at all of them."""
     found = []
     for (net, _), lines in runs.items():
-        pairs = [(result(lines, b, name), result(lines, b, base)) for b in LEVELS]
+        pairs = [(result(lines, b, name), result(lines, b, base)) for b in levels]
         if net in nets and all(one and other for one, other in pairs):
             found.append(float(np.mean([one[field] - other[field] for one, other in pairs if one and other])))
     return found
@@ -287,16 +289,20 @@ def leads(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
     """How far contestants are ahead over all budgets: of each other, on each net, and of later runs alone."""
     values = {}
     for field, word in (("accuracy", ""), ("test_accuracy", " test")):
-        for name, base in (("output_fisher", "learned"), (DEFAULT, "learned"), (DEFAULT, "output_fisher")):
+        for name, base, levels in (
+            ("output_fisher", "learned", LEVELS),
+            (DEFAULT, "learned", proof_alpha.LEVELS),
+            (DEFAULT, "output_fisher", proof_alpha.LEVELS),
+        ):
             for group, where in ((nets, "both"), *(((net,), net) for net in nets)):
-                gains = over_budgets(runs, group, name, field, base)
+                gains = over_budgets(runs, group, name, field, base, levels)
                 values[f"lead {where} {name} over {base}{word}"] = cell(gains, 2, 100, sign=True)
         for net in nets:
             later = {run: lines for run, lines in runs.items() if run[1] >= FRESH[net]}
             gains = over_budgets(later, (net,), "output_fisher", field)
             values[f"fresh {net} output_fisher{word}"] = cell(gains, 2, 100, sign=True)
             unseen = {run: lines for run, lines in runs.items() if run[1] not in proof_alpha.CHOSEN_ON[net]}
-            gains = over_budgets(unseen, (net,), DEFAULT, field, "output_fisher")
+            gains = over_budgets(unseen, (net,), DEFAULT, field, "output_fisher", proof_alpha.LEVELS)
             values[f"unseen {net} default{word}"] = cell(gains, 2, 100, sign=True)
     return values
 
@@ -319,7 +325,8 @@ def document(runs: Runs, cheaper: Runs) -> str:
             f"prediction {net}": prediction_table(runs, net),
             f"cheaper {net}": cheaper_table(runs, net),
             f"accuracy {net}": accuracy_table(runs, net),
-            f"against {net}": against_table(runs, net),
+            f"against {net}": against_table(runs, net, DEFAULT, "the default"),
+            f"learned against {net}": against_table(runs, net, "learned", CONTESTANTS["learned"]),
             f"seeds {net}": str(seeds[net]),
         }
         for budget in PREDICTED:
@@ -335,6 +342,8 @@ def document(runs: Runs, cheaper: Runs) -> str:
             for name in CONTESTANTS:
                 gains = differences(runs, net, budget, name) or differences(runs, net, budget, name, 1)
                 values[f"gain {net} {budget} {name}"] = cell(gains, 2, 100, sign=True)
+                ahead = proof_paper.paired(runs, net, budget, DEFAULT, name)
+                values[f"default over {net} {budget} {name}"] = cell(ahead, 2, 100, sign=True)
     for name, value in values.items():
         template = template.replace("{{" + name + "}}", value or "not measured")
     if "{{" in template:

@@ -153,7 +153,7 @@ class Criteria:
     samples: int = 1024  # training images that criteria measure on
     batch_size: int = 64
     step_sizes: str = "calibrated"  # of the quantization errors: calibrated, or joint (learned)
-    alpha: float = 1 / 3  # output_fisher: what fine-tuning leaves of the weights' harm; 1: of a model as it is
+    alpha: float = 0.3333  # output_fisher: what fine-tuning leaves of the weights' harm; 1: of a model as it is
     hessian_samples: int = 256  # hawq: images that the Hessian is of
     relative_error: float = 0.05  # hawq_v2: standard error of a trace; hawq: residual of an eigenvalue
     max_draws: int = 500  # … or so many draws or iterations, whichever comes first

@@ -91,6 +91,7 @@ def main(config: Config, x: jax.Array, labels: jax.Array) -> jax.Array:
     model, variables = prepare(x)
     state = train(model, variables, {"image": x, "label": labels}, classification())
     importance, _ = repair(learned(model, row_variables(state, 0)))
+    print(output_fisher(model, classification(), variables, [{"image": x, "label": labels}], alpha=1.0).importance.alpha)
     solution = search(importance, f"{config.model.name}.json")
     outputs: jax.Array = model.apply(variables, solution.policy, x, exact=True)
     print(search(load_importance("importance.json"), "again.json").objective, __version__)

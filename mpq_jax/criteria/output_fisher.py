@@ -12,7 +12,7 @@ from mpq_jax.types import QuantizedModel
 
 
 def output_fisher(
-    model: QuantizedModel, task: Task, variables: Any, batches: Sequence[Batch], alpha: float = 1 / 3
+    model: QuantizedModel, task: Task, variables: Any, batches: Sequence[Batch], alpha: float = 0.3333
 ) -> Measured:
     """weight[l, b] = 1/2 mean_n sum_i (dL_n/dY_i)^2 (dY_b,i)^2, dY_b = X (Q_b(W) - W) the change of layer l's output.
 

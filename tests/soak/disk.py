@@ -183,6 +183,8 @@ def damaged(place: Path, phase: str, damage: str, rng: random.Random, counts: co
     counts[f"checkpoints {damage}"] += 1
     runs.finish(runs.commands(place, run)[phase], output)
     text = output.read_text()
+    if phase == "float":  # its checkpoint is another file now, and so is the table that was measured on it
+        runs.finish(runs.commands(place, run)["policy"], place / "search.txt")
     wrong = [] if "is damaged (" in text and "is taken in its place" in text else [f"{phase} {damage}: {text[-500:]}"]
     return wrong + [
         f"{phase} {damage}: {each}" for each in runs.in_child(lambda: runs.differences(run, place / "reference"))

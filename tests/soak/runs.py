@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mpq_jax.importance import sha256
+
 CONFIG = """
 from mpq_jax.config import *
 config = Config(
@@ -41,9 +43,10 @@ MADE_AFTER = {
     "search": ("search_evolution",),
     "finetune": ("finetune",),
 }
+LEARNED = ("importance.json", "importance_output_fisher.json", "indicators.json")
 FILES_AFTER = {
-    "float": ("importance.json", "indicators.json", "policy.json", "evolved.json", "results.json", "report.md"),
-    "joint": ("importance.json", "indicators.json", "policy.json", "evolved.json", "results.json", "report.md"),
+    "float": (*LEARNED, "policy.json", "evolved.json", "results.json", "report.md"),
+    "joint": (*LEARNED, "policy.json", "evolved.json", "results.json", "report.md"),
     "search": ("evolved.json",),
     "finetune": ("results.json", "report.md"),
 }
@@ -242,10 +245,20 @@ def arrays(checkpoint: Path) -> dict[str, np.ndarray]:
 
 
 def without_clock(path: Path):
-    """A JSON or JSON-lines file without its wall-clock fields."""
+    """A JSON or JSON-lines file without its wall-clock fields, those of checkpoints that it has digests of among them.
+
+    A policy's digest of its table is replaced by the table's name: it must be one that lies beside it.
+    """
     text = path.read_text()
     lines = text.splitlines() if path.suffix == ".jsonl" else [text]
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    values = [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    for value in values:
+        if "made_from" in value.get("about", {}):
+            del value["about"]["made_from"]["files"]
+        if "importance_sha256" in value:
+            tables = {sha256(file): file.name for file in path.parent.glob("importance*.json")}
+            value["importance_sha256"] = tables.get(value["importance_sha256"], "no table that is there")
+    return values
 
 
 def differences(run: Path, expected: Path) -> list[str]:

@@ -13,21 +13,21 @@ from benchmarks.proof_lines import TABLES, finetuned
 from benchmarks.proof_statistics import Runs, cell, spearman, table
 
 ALPHAS = (0.03, 0.1, 0.2, 1 / 3, 0.5, 0.7, 1.0, 2.0, 4.0)
-LEVELS = ("W2A3", "W3A3", "W3A4")  # where weights and activations both have a choice
+BITOPS = ("W2A3", "W3A3", "W3A4")  # where weights and activations both have a choice
 LEAST = 4  # policies of a budget that an order is asked of
 # Alpha was chosen on these runs; those after them had no part in it.
 CHOSEN_ON = {"resnet8": (5, 6, 7), "mobilenetv1": (3, 4, 5, 6)}
 
 
 def within(lines: Mapping[str, Any], name: str, alpha: float) -> float | None:
-    """Mean over LEVELS of the rank correlation of alpha W + A with the loss after fine-tuning, policies of one budget.
+    """Mean over BITOPS of the rank correlation of alpha W + A with the loss after fine-tuning, policies of one budget.
 
     alpha: a multiple of the table's own, where it has one.
     """
     if f"parts {name}" not in lines:
         return None
     line, found = lines[f"parts {name}"], []
-    for level in LEVELS:
+    for level in BITOPS:
         keys = [key for key in finetuned(lines, f"{level} ") if key in line["policies"]]
         if len(keys) < LEAST:
             return None

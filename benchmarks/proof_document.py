@@ -291,8 +291,7 @@ def leads(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
     for field, word in (("accuracy", ""), ("test_accuracy", " test")):
         for name, base, levels in (
             ("output_fisher", "learned", LEVELS),
-            (DEFAULT, "learned", proof_alpha.LEVELS),
-            (DEFAULT, "output_fisher", proof_alpha.LEVELS),
+            (DEFAULT, "output_fisher", proof_alpha.BITOPS),
         ):
             for group, where in ((nets, "both"), *(((net,), net) for net in nets)):
                 gains = over_budgets(runs, group, name, field, base, levels)
@@ -301,9 +300,6 @@ def leads(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
             later = {run: lines for run, lines in runs.items() if run[1] >= FRESH[net]}
             gains = over_budgets(later, (net,), "output_fisher", field)
             values[f"fresh {net} output_fisher{word}"] = cell(gains, 2, 100, sign=True)
-            unseen = {run: lines for run, lines in runs.items() if run[1] not in proof_alpha.CHOSEN_ON[net]}
-            gains = over_budgets(unseen, (net,), DEFAULT, field, "output_fisher", proof_alpha.LEVELS)
-            values[f"unseen {net} default{word}"] = cell(gains, 2, 100, sign=True)
     return values
 
 

@@ -56,9 +56,9 @@ def test_a_difference_computed_another_way(runs):
 def test_alpha_after_fine_tuning_computed_another_way():
     """Two policies' order flips where alpha does; of one budget only, and of policies that were fine-tuned."""
     lines = {"parts made": {"alpha": None, "policies": {}}}
-    for budget in proof_alpha.LEVELS:
+    for budget in proof_alpha.BITOPS:
         for i, (weight, activation, loss) in enumerate([(4, 0, 1), (0, 3, 2), (4, 3, 3), (6, 3, 4)]):
-            bits = [[proof_alpha.LEVELS.index(budget), i]]
+            bits = [[proof_alpha.BITOPS.index(budget), i]]
             lines[f"chosen {budget} c{i}"] = {"policy": bits}
             lines[f"finetuned {proof_lines.digest(bits)}"] = {"loss": loss}
             lines["parts made"]["policies"][proof_lines.digest(bits)] = [weight, activation]

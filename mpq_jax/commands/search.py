@@ -71,12 +71,12 @@ def importance_path(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     except Refusal as refusal:
         if arguments.criterion is not None:
             raise
-        as_it_is = criteria.path_of(workdir, name)
-        others = [f"search the table that is there: --importance {as_it_is}"] if as_it_is.is_file() else []
-        others += (
-            ["search the learned step sizes: --criterion learned"] if learned.is_file() and name != "learned" else []
-        )
-        raise Refusal("; or ".join([str(refusal), *others])) from None
+        advice, table = [str(refusal)], criteria.path_of(workdir, name)
+        if table.is_file():
+            advice.append(f"search the table that is there: --importance {table}")
+        if learned.is_file() and name != "learned":
+            advice.append("search the learned step sizes: --criterion learned")
+        raise Refusal("; or ".join(advice)) from None
 
 
 def checked_path(arguments: argparse.Namespace, overrides: Sequence[str]) -> Path:

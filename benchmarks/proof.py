@@ -15,7 +15,7 @@ lines.jsonl, keyed by what it is of, and a second call goes on from there. Stage
   criteria   the importance table of every criterion but those of stage hessian
   hessian    those of HAWQ and HAWQ-v2
   sliced     what the default's joint training chooses, with slices of the batch
-  search     what evolution and DNAS choose at every budget
+  search     what evolution, DNAS and EdMIPS choose at every budget
   predicted  what every table says of the random policies
   accuracy   every contestant at every budget, fine-tuned alike: validation and test loss and accuracy
   parts      what two tables say of all those policies, weights and activations apart

@@ -19,7 +19,7 @@ from mpq_jax.types import Bits, Budget, Importance
 def search(bench: Bench) -> None:
     """What the searches that measure policies choose."""
     for name, method in itertools.product(bench.settings.budgets, SEARCHES):
-        if f"chosen {name} {method}" in bench.lines:
+        if method not in bench.settings.contestants or f"chosen {name} {method}" in bench.lines:
             continue
         table, budgets = bench.budgets(name)
         mine = [word for word in bench.settings.search if word.startswith(f"--{method}.")]

@@ -21,7 +21,7 @@ NETS = {
     "resnet8": "configs/fashion_mnist_resnet8.py",
     "mobilenetv1": "configs/fashion_mnist_mobilenetv1.py",
 }
-SEARCHES = ("evolution", "gumbel")
+SEARCHES = ("evolution", "gumbel", "edmips")  # gumbel: DNAS
 SAMPLED = ("sampled", "sampled_pairwise")  # regressions on the stage `samples`
 # Tables with the weights' factor a third of what it was: (contestant, whose table).
 THIRDS = {"output_fisher_third": "output_fisher", "learned_third": "learned"}
@@ -53,6 +53,7 @@ class Settings:
         *("--evolution.generations=5", "--evolution.population=30", "--evolution.top=10"),
         *("--evolution.mutations=15", "--evolution.crossovers=15", "--evolution.statistics_batches=10"),
         *("--gumbel.steps=200", "--gumbel.warmup_steps=50", "--gumbel.statistics_batches=10"),
+        "--edmips.statistics_batches=10",
     )
 
 

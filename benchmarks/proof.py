@@ -10,7 +10,7 @@ lines.jsonl, keyed by what it is of, and a second call goes on from there. Stage
   random     random policies within 2 % of a budget: validation loss of the joint model, statistics re-estimated
   samples    many more of them, and some all over, on a few training batches: what regressions are fitted to
   tune       some of the random policies after a short fine-tuning: validation loss
-  repeats    a few of those, each in two orders of the batches
+  repeats    a few of those once more, on other batches
   alone      depthwise and pointwise layers, one at a time at few bits: what they cost, and their step sizes
   criteria   the importance table of every criterion but those of stage hessian
   hessian    those of HAWQ and HAWQ-v2

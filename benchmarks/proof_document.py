@@ -67,8 +67,12 @@ CONTESTANTS = {
     "learned_third": "learned, weights a third of the fitted",
     "one_at_a_time": "one layer at a time",
     "regression": "regression on random rows",
+    "regression_pairwise": "the same with pairs",
     "sampled": "regression on sampled policies",
     "sampled_pairwise": "the same with pairs",
+    "evolution": "evolution (SPOS)",
+    "gumbel": "DNAS",
+    "edmips": "EdMIPS",
 }
 
 
@@ -122,11 +126,11 @@ def rounded(value: Any) -> Any:
 # ---- prediction ---------------------------------------------------------------------------------------------------
 
 
-def tuned(lines: Mapping[str, Any], budget: str) -> list[dict[str, Any]]:
-    """The lines of the random policies that were fine-tuned, in the order of the policies."""
+def tuned(lines: Mapping[str, Any], budget: str, key: str = "tuned") -> list[dict[str, Any]]:
+    """The lines of the random policies that were fine-tuned, in the order of the policies. key: "repeat", once more."""
     found = []
-    while f"tuned {budget} {len(found)}" in lines:
-        found.append(lines[f"tuned {budget} {len(found)}"])
+    while f"{key} {budget} {len(found)}" in lines:
+        found.append(lines[f"{key} {budget} {len(found)}"])
     return found
 
 
@@ -154,6 +158,16 @@ def joint_and_tuned(runs: Runs, net: str, budget: str) -> list[float]:
     def one(lines):
         found = [each["loss"] for each in tuned(lines, budget)]
         return spearman(drawn(lines, budget)["loss"][: len(found)], found) if found else None
+
+    return of_runs(runs, net, one)
+
+
+def tuned_twice(runs: Runs, net: str, budget: str) -> list[float]:
+    """Rank correlation of the losses after a short fine-tuning with those after one on other batches, a number a seed."""
+
+    def one(lines):
+        again = [each["loss"] for each in tuned(lines, budget, "repeat")]
+        return spearman([each["loss"] for each in tuned(lines, budget)][: len(again)], again) if again else None
 
     return of_runs(runs, net, one)
 

@@ -92,12 +92,12 @@ def tune(bench: Bench) -> None:
 
 
 def repeats(bench: Bench) -> None:
-    """The first of the random policies, fine-tuned in two orders of the batches: what fine-tuning itself adds."""
-    for name, order in itertools.product(PREDICTED, range(2)):
-        tuned = None
+    """The first of those once more, from the same start on other batches: what fine-tuning itself adds."""
+    tuned = None
+    for name in PREDICTED:
         for number, bits in enumerate(bench.lines[f"random {name}"]["policies"][: bench.settings.repeated]):
-            if (key := f"repeat {name} {number} {order}") not in bench.lines:
-                tuned = tuned or tuner(bench, bench.settings.tune_steps, order)
+            if (key := f"repeat {name} {number}") not in bench.lines:
+                tuned = tuned or tuner(bench, bench.settings.tune_steps, order=1)
                 each = as_policy(bits, bench.table)
                 found = measured(bench, tuned(each), [each])
                 bench.lines.add(key, **{field: value[0] for field, value in found.items()})

@@ -43,7 +43,7 @@ class Settings:
     sample_size: int = 256
     tuned: int = 20  # of the random policies near each budget, fine-tuned
     tune_steps: int = 100
-    repeated: int = 10  # of them, in two orders of the batches
+    repeated: int = 20  # of them, once more on other batches
     finetune_steps: int = 500
     max_draws: int = 100  # of the Hessian criteria
     rows: int = 4  # policies measured at once

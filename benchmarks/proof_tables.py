@@ -151,6 +151,8 @@ def predicted(workdir: Path) -> None:
     for budget, name in itertools.product(PREDICTED, (*CRITERIA, *THIRDS, *TRIED)):
         if f"predicted {budget} {name}" in lines or f"random {budget}" not in lines:
             continue
+        if name in TRIED and "samples W3A3" not in lines:
+            continue
         if name in TRIED:
             table = sampled_table(model, given["pairs"], lines, name, budget)
         elif files.path_of(workdir, THIRDS.get(name, name)).exists():

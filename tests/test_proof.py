@@ -162,7 +162,8 @@ def test_the_stages_on_digits(tmp_path, quick_compilation, capsys):
     """Few steps of a small network: what the lines say, worked out again; a second call finds all of it done."""
     command = ["--net", "digits", "--root", str(tmp_path), "--budgets", "W3A3", "--finetune_steps", "2", "--rows", "3"]
     command += ["--policies", "3", "--samples", "24", "--sample_batches", "1", "--sample_size", "32"]
-    command += ["--stages", "learn", "random", "samples", "predicted", "sliced", "accuracy", "parts"]
+    command += ["--stages", "learn", "random", "samples", "tune", "repeats", "predicted", "sliced", "accuracy", "parts"]
+    command += ["--tuned", "2", "--tune_steps", "2", "--repeated", "2"]
     command += ["--contestants", "sampled", "learned", "learned_third", "sliced", "constant", "reversed"]
     command += ["--model.name", "cnn_nnx", "--model.options", '{"width": 0.25}', "--pretrain.steps", "20"]
     command += ["--joint.steps", "40", "--joint.error_steps", "10", "--joint.alpha_policies", "8"]
@@ -185,6 +186,8 @@ def test_the_stages_on_digits(tmp_path, quick_compilation, capsys):
         assert predicted == pytest.approx(sum(harm))
     assert (np.diff(lines["random W3A3"]["halves"], axis=1) != 0).all()
     assert (np.array(lines["samples all"]["divergence"]) > 0).all()
+    once, again = ([lines[f"{key} W3A3 {n}"]["loss"] for n in range(2)] for key in ("tuned", "repeat"))
+    assert (np.array(once) != again).all() and "tuned W3A3 2" not in lines
     for name in ("sampled", "learned", "learned_third", "sliced", "constant", "reversed"):
         assert proof_lines.result(lines, "W3A3", name)["steps"] == 2
     # What the learned table says of what was fine-tuned, weights and activations apart; each alpha's choice is best by it.

@@ -34,6 +34,7 @@ from mpq_jax.config import Config
 from mpq_jax.criteria import CRITERIA, files
 from mpq_jax.files import write_json, write_text
 from mpq_jax.search import best_uniform, methods, random_policies, run, solve
+from mpq_jax.stages.run import row_names, sliced
 from mpq_jax.types import Bits, Budget, Importance, Refusal
 
 CONTROLS = ("uniform", "random_policies")
@@ -95,8 +96,9 @@ def open_bench(config: Config, workdir: Path, texts: Sequence[str]) -> Bench:
         )
         return float(losses[0]), float(accuracies[0])
 
-    rows = len({*table.bit_widths, *table.activation_bit_widths}) + config.joint.random_rows
-    samples = stages.steps_of(config.joint, opened.run) * config.joint.batch_size * rows
+    rows = len(row_names(opened.run.model, config.joint))
+    each = config.joint.batch_size // (rows if sliced(config.joint, rows) else 1)  # samples of a row's step
+    samples = stages.steps_of(config.joint, opened.run) * each * rows
     return Bench(
         config,
         workdir,

@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 
 from benchmarks import cheaper
-from benchmarks.proof_lines import as_lists, as_policy, digest
-from benchmarks.proof_run import SAMPLED, SEARCHES, THIRDS, Bench, held, restated, scores, tuner
+from benchmarks.proof_lines import THIRDS, as_lists, as_policy, best_uniform, digest
+from benchmarks.proof_run import SAMPLED, SEARCHES, Bench, held, restated, scores, tuner
 from benchmarks.proof_tables import pairs_of, sampled_table, table_of
 from mpq_jax import costs, data, importance, joint, stages
 from mpq_jax.criteria import CRITERIA, files
@@ -87,26 +87,46 @@ def chosen(bench: Bench, budget: str, name: str) -> list[list[int]]:
     return bench.lines.add(key, policy=as_lists([choice], table)[0], used=used)["policy"]
 
 
+def contestants(bench: Bench) -> list[tuple[str, str]]:
+    """(budget, name) of all that have a table or a policy, uniform ones first: what the main question is about."""
+    asked = bench.settings.budgets
+    tasks = [(budget, name) for budget in asked for name in uniforms(*bench.budgets(budget))]
+    for budget, name in itertools.product(asked, bench.settings.contestants):
+        source = THIRDS.get(name, name)
+        made = name in (*SAMPLED, "random") or (source in CRITERIA and files.path_of(bench.workdir, source).exists())
+        if made or f"chosen {budget} {name}" in bench.lines:
+            tasks.append((budget, name))
+    return tasks
+
+
 def accuracy(bench: Bench) -> None:
     """Every contestant, fine-tuned. Policies that two contestants agree on are fine-tuned once."""
+    fine_tuned(bench, contestants(bench), bench.settings.finetune_steps, "finetuned")
+
+
+def longer(bench: Bench) -> None:
+    """The contestants, and of the uniform policies the one that was best after `accuracy`, fine-tuned for longer."""
+    best = {budget: best_uniform(bench.lines.lines, budget) for budget in bench.settings.budgets}
+    asked = [
+        (budget, name)
+        for budget, name in contestants(bench)
+        if not name.startswith("uniform") or (best[budget] and name == f"uniform {best[budget][0]}")
+    ]
+    fine_tuned(bench, asked, bench.settings.longer_steps, "longer")
+
+
+def fine_tuned(bench: Bench, asked: Sequence[tuple[str, str]], steps: int, word: str) -> None:
+    """The lines "WORD DIGEST": scores of the policies of (budget, name) after so many steps."""
     test = held(data.eval_batches(bench.run.dataset, "test", bench.run.config.eval_batch_size))
     if "float" not in bench.lines:
         rows = stages.rows_of(bench.float_variables, 1)
         found = [bench.run.evaluate(bench.float_variables["params"], rows, None, batch) for batch in test]
         right, count = sum(int(one[1][0]) for one in found), sum(int(one[2]) for one in found)
         bench.lines.add("float", test_accuracy=right / count)
-    tuned = tuner(bench, bench.settings.finetune_steps)
-    # Those that the main question is about first.
-    asked = bench.settings.budgets
-    tasks = [(budget, name) for budget in asked for name in uniforms(*bench.budgets(budget))]
-    for budget, name in (*tasks, *itertools.product(asked, bench.settings.contestants)):
-        made = name in (*SAMPLED, "random") or name.startswith("uniform")
-        source = THIRDS.get(name, name)
-        made = made or (source in CRITERIA and files.path_of(bench.workdir, source).exists())
-        if not made and f"chosen {budget} {name}" not in bench.lines:
-            continue
+    tuned = tuner(bench, steps)
+    for budget, name in asked:
         bits = chosen(bench, budget, name)
-        key = f"finetuned {digest(bits)}"
+        key = f"{word} {digest(bits)}"
         if key in bench.lines:
             continue
         each = as_policy(bits, bench.table)
@@ -115,7 +135,7 @@ def accuracy(bench: Bench) -> None:
         validation, tested = (scores(bench, variables, rows, stacked, batches) for batches in (bench.validation, test))
         bench.lines.add(
             key,
-            steps=bench.settings.finetune_steps,
+            steps=steps,
             loss=validation["loss"][0],
             accuracy=validation["accuracy"][0],
             test_loss=tested["loss"][0],

@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import proof_alpha, proof_cheaper, proof_paper
-from benchmarks.proof_lines import BUDGETS, LEVELS, PREDICTED, best_uniform, result
+from benchmarks.proof_lines import BUDGETS, LEVELS, PREDICTED, THIRDS, best_uniform, result
 from benchmarks.proof_statistics import Runs, cell, of_runs, reliability, spearman, table
 
 LINES, DOCUMENT = Path("docs/results/proof.jsonl"), Path("docs/results.md")
@@ -46,6 +46,7 @@ PREDICTORS = {
     "sampled_pairwise": "the same, of their divergence, with pairs",
     "sampled_all": "the same, additive, policies all over",
     "constant": "control: constant",
+    "constant_third": "control: constant, weights a third",
     "power_law": "control: power law",
     "initial": "control: initial statistics",
     "random": "control: random",
@@ -56,6 +57,7 @@ CONTESTANTS = {
     "reversed": "control: reversed",
     "initial": "control: initial statistics",
     "constant": "control: constant",
+    "constant_third": "control: constant, weights a third",
     "power_law": "control: power law",
     "learned": "learned, as published",
     "sliced": "the same with slices, as the default joint training has it",
@@ -143,12 +145,14 @@ def correlations(runs: Runs, net: str, budget: str, name: str, after: bool) -> l
     """Rank correlation of predicted harm and measured loss, a number a seed. after: a short fine-tuning."""
     found = []
     for (own, _), lines in runs.items():
-        key = f"predicted {budget} {name}"
-        if own != net or key not in lines:
+        if own != net:
             continue
         losses = [one["loss"] for one in tuned(lines, budget)] if after else drawn(lines, budget)["loss"]
-        if losses:
-            found.append(spearman(lines[key]["values"][: len(losses)], losses))
+        said = lines.get(f"predicted {budget} {name}", {}).get("values")
+        if said is None and name in THIRDS:
+            said = proof_alpha.third(lines, budget, THIRDS[name])
+        if said and losses:
+            found.append(spearman(said[: len(losses)], losses))
     return found
 
 

@@ -18,6 +18,8 @@ BUDGETS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 LEVELS = ("W2A3", "W3A3", "W3A4", "size W3, A4")  # what every contestant is asked for; A6: weights alone
 PREDICTED = ("W2A3", "W3A3")  # where predictions are measured
+# Tables with the weights' factor a third of what it was: (contestant, whose table).
+THIRDS = {"output_fisher_third": "output_fisher", "learned_third": "learned", "constant_third": "constant"}
 # Whose alpha is looked for after fine-tuning.
 TABLES = {"output_fisher": "output-Fisher", "learned": "learned step sizes"}
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.proof_lines import BUDGETS, LEVELS, Lines
+from benchmarks.proof_lines import BUDGETS, LEVELS, THIRDS, Lines
 from mpq_jax import config as config_lib
 from mpq_jax import costs, data, importance, joint, pipeline, policy, stages
 from mpq_jax import workdir as workdirs
@@ -23,8 +23,6 @@ NETS = {
 }
 SEARCHES = ("evolution", "gumbel", "edmips")  # gumbel: DNAS
 SAMPLED = ("sampled", "sampled_pairwise")  # regressions on the stage `samples`
-# Tables with the weights' factor a third of what it was: (contestant, whose table).
-THIRDS = {"output_fisher_third": "output_fisher", "learned_third": "learned"}
 CONTESTANTS = (  # the default's joint training with slices of the batch is "sliced"
     *("learned", "sliced", "output_fisher", *THIRDS, "random", "reversed", "initial", "constant", "power_law"),
     *("hawq", "hawq_v2", "mpqco", "one_at_a_time", "regression", "regression_pairwise"),
@@ -45,6 +43,7 @@ class Settings:
     tune_steps: int = 100
     repeated: int = 20  # of them, once more on other batches
     finetune_steps: int = 500
+    longer_steps: int = 1000  # of the stage `longer`
     max_draws: int = 100  # of the Hessian criteria
     rows: int = 4  # policies measured at once
     budgets: tuple[str, ...] = LEVELS  # of the stages search and accuracy

@@ -2,7 +2,7 @@
 
 Written from the method's formulas (LSQ with scaled gradients, BatchNorm for every row, K uniform passes and a random one,
 gradients summed, clipped by value, one SGD step), for nets of `mpq_jax.models` by their parameter trees: same weights, same
-step sizes, same losses. Needs torch: pip install "mpq_jax[benchmarks]".
+step sizes, same losses. Needs torch: pip install ".[benchmarks]".
 """
 
 import math

@@ -1,6 +1,7 @@
 """Fashion-MNIST, MobileNetV1 of width 0.25, strides for small images. About 13 minutes on two cores with other jobs running.
 
-Test accuracy, seed 0, with --joint.slices false: float 89.66, mixed at W3A3-level BitOps 88.71 % (uniform and random ones of the same BitOps: docs/results.md).
+Test accuracy, seed 0: float 89.66, mixed at W3A3-level BitOps 88.71 %, with --joint.slices false --joint.alpha_policies 0 and
+search.py --criterion learned. What the default chooses, and uniform and random policies of the same BitOps: docs/results.md.
 
 python train.py  --config configs/fashion_mnist_mobilenetv1.py --workdir runs/fashion_mobilenetv1
 python search.py --workdir runs/fashion_mobilenetv1 --budget bitops=W3A3

@@ -1,7 +1,7 @@
-"""ImageNet, ResNet-50; alpha 2 as in the public code.
+"""ImageNet, ResNet-50; alpha 2 as in the public code, for the learned step sizes (search.py --criterion learned).
 
 The paper's hyper-parameters (mpq_jax.config.PAPER_JOINT and PAPER_FINETUNE); first convolution and classifier stay at
-8 bits. Not run in full here: two steps on made images, by benchmarks/imagenet_steps.py.
+8 bits. Not run in full here: benchmarks/imagenet_steps.py compiles its joint step.
 
   python train.py  --config configs/imagenet_resnet50.py --workdir runs/imagenet_resnet50 \\
       --model.weights resnet50.safetensors

@@ -4,7 +4,8 @@ python -m examples.language_model --workdir runs/language_model
 
 Query, key and value of a block get the same bits: one rule. Losses are in nats a character.
 
-TIME_AND_RESULT
+About three and a half minutes of one CPU core. On the test text: float 1.510 nats a character, uniform W3A3 1.771, a random policy
+1.904, mixed 1.645 at the same BitOps and 0.82 of uniform's size; guessing has 4.543. One seed: an example, not evidence.
 """
 
 import argparse

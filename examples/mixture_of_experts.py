@@ -7,7 +7,8 @@ Its call has `deterministic` in place of `train` (found by its name) and gives l
 experts; its query, key and value are one dense layer. All that has to be said is which of the batch it is called with,
 and its loss. Here without joint training: the float model's gradients say which layers matter (output_fisher).
 
-TIME_AND_RESULT
+About four and a half minutes of one CPU core. On the test text: float 1.796 nats a character, uniform W2A4 (the best that fits W3A3's
+BitOps) 1.856, a random policy 1.950, mixed 1.825. One seed: an example, not evidence.
 """
 
 import argparse

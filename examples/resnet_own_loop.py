@@ -3,9 +3,10 @@
 pip install xtrain
 python -m examples.resnet_own_loop
 
-Between the two stand the only lines that are about bits: quantize, make_step, learned, solve. No config, no run folder.
+Between the two stand the only lines that are about bits: quantize, output_fisher, solve, make_step. No config, no run folder.
 
-TIME_AND_RESULT
+About two minutes of one CPU core. On the test set (360 scans, so that a quarter of a point is one of them): float 99.72 % right,
+uniform W3A3 98.89, mixed 99.44 at the same BitOps. One seed: an example, not evidence.
 """
 
 import argparse
@@ -98,8 +99,15 @@ class WithBits(NamedTuple):
         return self.model.apply(variables, self.policy, *inputs, mutable=[mutable] if mutable else False, **kwargs)
 
 
-def importance_of(model: mpq_jax.QuantizedModel, variables: Any, split: Mapping[str, np.ndarray], steps: int):
-    """Joint training of the step sizes, the weights held still. -> (importance, variables with learned step sizes)"""
+def importance_of(model: mpq_jax.QuantizedModel, variables: Any, split: Mapping[str, np.ndarray]) -> mpq_jax.Importance:
+    """How much each layer suffers at each bit-width, of the float model's gradients on 1,024 images."""
+    seen = [{"image": image, "label": jnp.asarray(label)} for image, label in batches(split, 16)]
+    importance, _ = mpq_jax.repair(mpq_jax.output_fisher(model, mpq_jax.classification(), variables, seen).importance)
+    return importance
+
+
+def joint_trained(model: mpq_jax.QuantizedModel, variables: Any, split: Mapping[str, np.ndarray], steps: int) -> Any:
+    """The variables with step sizes for all bit-widths learned at once, the weights held still."""
     step_sizes = mpq_jax.log_space(optax.adam(optax.cosine_decay_schedule(0.1, steps), b2=0.95))
     optimizer = mpq_jax.partition(model, optax.set_to_zero(), step_sizes)
     settings = {"random": 1, "error_weight": 1.0, "error_steps": min(60, steps // 4)}
@@ -108,8 +116,7 @@ def importance_of(model: mpq_jax.QuantizedModel, variables: Any, split: Mapping[
     state = mpq_jax.init_state(variables, optimizer, rows=len(model.bit_widths) + 1)
     for image, label in batches(split, steps):
         state, _ = step(state, {"image": image, "label": jnp.asarray(label)}, jax.random.key(0), uniform)
-    learned = mpq_jax.row_variables(state, -1)
-    return mpq_jax.learned(model, learned), learned
+    return mpq_jax.row_variables(state, -1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     model = mpq_jax.quantize(net, example, bit_widths=options.bit_widths, train=False)
     start = model.calibrate(float_variables, example, train=False)
-    importance, learned = importance_of(model, start, sets["train"], options.steps[1])
+    importance = importance_of(model, start, sets["train"])
+    learned = joint_trained(model, start, sets["train"], options.steps[1])
     (budget,) = mpq_jax.parse_budgets([options.budget], model.layers, model.bit_widths, model.activation_bit_widths)
     solution = mpq_jax.solve(importance, [budget])
     name, uniform = mpq_jax.best_uniform(importance, [budget])

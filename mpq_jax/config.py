@@ -120,7 +120,7 @@ class Search:
     """What every search of the run takes and respects."""
 
     criterion: str = "output_fisher"  # whose table is searched unless --criterion names one; "learned" is LIMPQ's own
-    rules: tuple[str, ...] = ()  # "regex=value" of search.py --rule; kept in importance.json, all hold together
+    rules: tuple[str, ...] = ()  # "regex=value" of search.py --rule; kept in each criterion's table, all hold together
 
 
 @dataclasses.dataclass(frozen=True)

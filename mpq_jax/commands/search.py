@@ -25,7 +25,7 @@ def newest_run(root: Path = Path("runs")) -> Path:
     """The folder under runs/ whose importance table is newest. Raises Refusal where there is none."""
     files = sorted(root.rglob("importance*.json"), key=lambda path: path.stat().st_mtime)
     if not files:
-        raise Refusal(f"no run under {root}/ has an importance.json; train one, or give --workdir or --importance")
+        raise Refusal(f"no run under {root}/ has an importance table; train one, or give --workdir or --importance")
     return files[-1].parent
 
 

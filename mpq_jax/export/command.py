@@ -32,7 +32,7 @@ def write(config: Config, arguments: argparse.Namespace) -> None:
     for name in arguments.formats:
         for package in needs.get(name, ()):
             if importlib.util.find_spec(package) is None:
-                raise Refusal(f'--formats {name} needs the package {package}; pip install "mpq_jax[export]"')
+                raise Refusal(f"--formats {name} needs the package {package}; type: pip install {package}")
     run, variables, policy = finetuned(config, arguments.workdir, arguments.policy)
     made = Made(run, variables, policy, config, arguments)
     for name in arguments.formats:

@@ -130,7 +130,7 @@ def _session(proto: Any, level: str) -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise Refusal("running ONNX files needs onnxruntime; type: pip install mpq_jax[export]") from None
+        raise Refusal("running ONNX files needs onnxruntime; type: pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_DISABLE_ALL if level == "off" else levels.ORT_ENABLE_ALL

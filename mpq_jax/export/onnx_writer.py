@@ -16,9 +16,7 @@ from mpq_jax.types import Refusal
 try:
     import onnx
 except ImportError:
-    raise Refusal(
-        "ONNX files need the package onnx, which is not installed; type: pip install mpq_jax[export]"
-    ) from None
+    raise Refusal("ONNX files need the package onnx, which is not installed; type: pip install onnx") from None
 from onnx import helper, numpy_helper
 
 BATCH = "batch"

@@ -4,12 +4,13 @@ A table says  alpha * W + A  of a policy, W and A being the sums of its weights'
 it is alpha is 1 where both are in units of loss. Fine-tuning moves weights and cannot move inputs, so that it is less then.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.proof_lines import PREDICTED, TABLES, finetuned
+from benchmarks.proof_lines import PREDICTED, TABLES, THIRDS, finetuned
 from benchmarks.proof_statistics import Runs, cell, spearman, table
 
 ALPHAS = (0.03, 0.1, 0.2, 1 / 3, 0.5, 0.7, 1.0, 2.0, 4.0)
@@ -67,14 +68,15 @@ def third(lines: Mapping[str, Any], level: str, name: str) -> list[float] | None
     return [weight / 3 + activation for weight, activation in parts.values()]
 
 
-def within(lines: Mapping[str, Any], name: str, alpha: float) -> float | None:
+def within(lines: Mapping[str, Any], name: str, alpha: float, narrow: bool = True) -> float | None:
     """Mean over BITOPS of the rank correlation of alpha W + A with the loss after fine-tuning, policies of one budget.
 
-    alpha: a multiple of the table's own, where it has one.
+    alpha: a multiple of the table's own, where it has one. narrow: with uniform policies whose activations are narrower
+    than their weights, and with the choices of tables whose weights count a third.
     """
     found = []
     for level in BITOPS:
-        parts = parts_of(lines, name, finetuned(lines, f"{level} "))
+        parts = parts_of(lines, name, asked(lines, level, narrow))
         if parts is None or len(parts) < LEAST:
             return None
         weight, activation = np.array(list(parts.values())).T
@@ -85,15 +87,45 @@ def within(lines: Mapping[str, Any], name: str, alpha: float) -> float | None:
     return float(np.mean(found))
 
 
+def asked(lines: Mapping[str, Any], level: str, narrow: bool) -> dict[str, list[list[int]]]:
+    """{digest: bits} of the policies of a level that were fine-tuned."""
+    prefix = f"chosen {level} "
+    left_out = {key for key in lines if key.startswith(prefix) and not narrow and is_narrow(lines, key, prefix)}
+    return finetuned({key: line for key, line in lines.items() if key not in left_out}, f"{level} ")
+
+
+def is_narrow(lines: Mapping[str, Any], key: str, prefix: str) -> bool:
+    weight, activation = lines[key]["policy"][0]
+    return key[len(prefix) :] in THIRDS or (key.startswith(prefix + "uniform") and activation < weight)
+
+
 def alpha_table(runs: Runs, names: Mapping[str, str]) -> str:
     """Rows: a table, a net, and whether its runs are those that alpha was chosen on. Columns: alphas."""
     rows = []
     for name, text in TABLES.items():
         for net, shown in names.items():
             for chosen in (True, False):
-                asked = [run for run in runs if run[0] == net and (run[1] in CHOSEN_ON[net]) == chosen]
-                cells = [[v for run in asked if (v := within(runs[run], name, a)) is not None] for a in ALPHAS]
-                if cells[0]:
-                    about = f"{'chosen on' if chosen else 'later'}, {len(cells[0])}"
-                    rows.append([f"{text}, {shown} ({about})", *(cell(each) for each in cells)])
-    return table(["alpha", *(f"{alpha:.2g}" for alpha in ALPHAS)], rows)
+                own = [runs[run] for run in runs if run[0] == net and (run[1] in CHOSEN_ON[net]) == chosen]
+                own = [lines for lines in own if within(lines, name, 1.0) is not None]
+                counts = [len(asked(lines, level, True)) for lines in own for level in BITOPS]
+                if own:
+                    about = f"{'chosen on' if chosen else 'others'}, {len(own)}"
+                    cells = [cell([within(lines, name, alpha) for lines in own]) for alpha in ALPHAS]
+                    rows.append([f"{text}, {shown} ({about})", f"{min(counts)} to {max(counts)}", *cells])
+    return table(["alpha", "policies", *(f"{alpha:.2g}" for alpha in ALPHAS)], rows)
+
+
+def values(runs: Runs, names: Mapping[str, str]) -> dict[str, str]:
+    """{placeholder: text} of this module's tables: "third NET": the correlation at a third minus that at 1, over runs."""
+    found = {"alphas": alpha_table(runs, names)}
+    for net, narrow in itertools.product(names, (True, False)):
+        pairs = [
+            [within(lines, "output_fisher", alpha, narrow) for alpha in (1 / 3, 1.0)]
+            for run, lines in runs.items()
+            if run[0] == net
+        ]
+        gains = [a - b for a, b in pairs if a is not None and b is not None]
+        found[f"third {net}{'' if narrow else ' wide'}"] = (
+            f"{cell(gains, sign=True)} ({len(gains)} runs)" if gains else ""
+        )
+    return found

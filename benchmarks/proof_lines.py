@@ -8,6 +8,7 @@ from typing import Any
 
 from mpq_jax.types import Bits, Importance
 
+NAMES = {"resnet8": "ResNet-8", "mobilenetv1": "MobileNetV1-0.25"}
 # name -> (budget, search rules): at "size=W3" the activations of all contestants stay at 4 bits.
 BUDGETS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "W2A3": ("bitops=W2A3", ()),

@@ -8,11 +8,13 @@ import pytest
 
 from benchmarks import (
     proof,
+    proof_accuracy,
     proof_alpha,
     proof_cheaper,
     proof_contest,
     proof_document,
     proof_lines,
+    proof_prediction,
     proof_statistics,
     proof_tables,
 )
@@ -33,7 +35,7 @@ def test_the_document_agrees_with_the_lines(runs):
 
 def test_a_correlation_computed_another_way(runs):
     lines = runs["resnet8", 0]
-    found = proof_document.correlations({("resnet8", 0): lines}, "resnet8", "W3A3", "learned", after=False)
+    found = proof_prediction.correlations({("resnet8", 0): lines}, "resnet8", "W3A3", "learned", after=False)
     ranks = [
         np.argsort(np.argsort(x)) for x in (lines["predicted W3A3 learned"]["values"], lines["random W3A3"]["loss"])
     ]
@@ -50,7 +52,7 @@ def test_a_difference_computed_another_way(runs):
             for name in ("W2A4", "W3A3", "W4A2")
         ]
         wanted.append(one["test_accuracy"] - min(others, key=lambda each: each["loss"])["test_accuracy"])
-    assert proof_document.differences(runs, "resnet8", "W3A3", "sampled") == pytest.approx(wanted)
+    assert proof_accuracy.differences(runs, "resnet8", "W3A3", "sampled") == pytest.approx(wanted)
 
 
 def test_alpha_after_fine_tuning_computed_another_way():
@@ -66,6 +68,39 @@ def test_alpha_after_fine_tuning_computed_another_way():
     assert proof_alpha.within(lines, "made", 0.5) == pytest.approx(1)  # 2, 3, 5, 6
     assert proof_alpha.within(lines, "made", 1.0) == pytest.approx(0.8)  # 4, 3, 7, 9
     assert proof_alpha.within(lines, "another", 1.0) is None
+
+
+def test_a_table_is_found_again_in_what_it_predicted():
+    """W and A up to a constant each; layers 0 and 1 share their activation bits; layer 2 never had 4 bits."""
+    rng = np.random.default_rng(0)
+    table = rng.uniform(size=(2, 3, 3))  # weights or activations, layers, bits 2 to 4
+
+    def drawn(count):
+        bits = rng.integers(2, 5, (count, 3, 2))
+        bits[:, 1, 1], bits[:, 2, 0] = bits[:, 0, 1], np.minimum(bits[:, 2, 0], 3)
+        return bits
+
+    def sums(bits):
+        return np.stack([table[kind, np.arange(3), bits[:, :, kind] - 2].sum(1) for kind in (0, 1)], 1)
+
+    lines = {"indicators": {"bit_widths": [2, 3, 4]}}
+    for level in proof_lines.PREDICTED:
+        bits = drawn(40)
+        lines[f"random {level}"] = {"policies": bits.tolist()}
+        lines[f"predicted {level} made"] = {"values": sums(bits).sum(1).tolist()}
+        lines[f"predicted {level} pairs"] = {"values": sums(bits).prod(1).tolist()}
+    asked = drawn(10)
+    unknown = asked[:1].copy()
+    unknown[0, 2, 0] = 4
+    policies = dict(enumerate([*asked.tolist(), *unknown.tolist()]))
+    found = proof_alpha.parts_of(lines, "made", policies)
+    assert list(found) == list(range(10))
+    apart = np.array(list(found.values())) - sums(asked)
+    np.testing.assert_allclose(apart, np.broadcast_to(apart[0], apart.shape), atol=1e-9)
+    third = proof_alpha.third(lines, "W3A3", "made") - sums(np.array(lines["random W3A3"]["policies"])) @ [1 / 3, 1]
+    np.testing.assert_allclose(third, third[0], atol=1e-9)
+    assert proof_alpha.parts_of(lines, "pairs", policies) is None
+    assert proof_alpha.parts_of(lines, "another", policies) is None
 
 
 def test_every_policy_keeps_its_budget(runs):
@@ -162,8 +197,8 @@ def test_the_stages_on_digits(tmp_path, quick_compilation, capsys):
     """Few steps of a small network: what the lines say, worked out again; a second call finds all of it done."""
     command = ["--net", "digits", "--root", str(tmp_path), "--budgets", "W3A3", "--finetune_steps", "2", "--rows", "3"]
     command += ["--policies", "3", "--samples", "24", "--sample_batches", "1", "--sample_size", "32"]
-    command += ["--stages", "learn", "random", "samples", "tune", "repeats", "predicted", "sliced", "accuracy", "parts"]
-    command += ["--tuned", "2", "--tune_steps", "2", "--repeated", "2"]
+    command += ["--stages", "learn", "random", "samples", "tune", "repeats", "predicted", "sliced", "accuracy"]
+    command += ["longer", "parts", "--longer_steps", "3", "--tuned", "2", "--tune_steps", "2", "--repeated", "2"]
     command += ["--contestants", "sampled", "learned", "learned_third", "sliced", "constant", "reversed"]
     command += ["--model.name", "cnn_nnx", "--model.options", '{"width": 0.25}', "--pretrain.steps", "20"]
     command += ["--joint.steps", "40", "--joint.error_steps", "10", "--joint.alpha_policies", "8"]
@@ -190,6 +225,12 @@ def test_the_stages_on_digits(tmp_path, quick_compilation, capsys):
     assert (np.array(once) != again).all() and "tuned W3A3 2" not in lines
     for name in ("sampled", "learned", "learned_third", "sliced", "constant", "reversed"):
         assert proof_lines.result(lines, "W3A3", name)["steps"] == 2
+    best = f"uniform {proof_lines.best_uniform(lines, 'W3A3')[0]}"
+    named = {
+        proof_lines.digest(line["policy"]): key for key, line in lines.items() if key.startswith("chosen W3A3 uniform")
+    }
+    longer = {key.split()[1]: line["steps"] for key, line in lines.items() if key.startswith("longer ")}
+    assert set(longer.values()) == {3} and [named[key][12:] for key in longer if key in named] == [best]
     # What the learned table says of what was fine-tuned, weights and activations apart; each alpha's choice is best by it.
     said = {}
     for name in ("learned", "learned_third", "constant", "uniform W3A3"):

@@ -1,0 +1,157 @@
+"""Tables of the proof's document that say how well criteria predict measured losses."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks import proof_alpha
+from benchmarks.proof_lines import PREDICTED, THIRDS
+from benchmarks.proof_statistics import Runs, cell, of_runs, reliability, spearman, table
+
+# (name of a predictor, what it is)
+PREDICTORS = {
+    "learned": "learned step sizes, as published",
+    "hawq": "HAWQ",
+    "hawq_v2": "HAWQ-v2",
+    "mpqco": "MPQCO",
+    "output_fisher": "output-Fisher",
+    "output_fisher_third": "output-Fisher, weights a third: the default",
+    "learned_third": "learned step sizes, weights a third of the fitted",
+    "one_at_a_time": "one layer at a time",
+    "regression": "regression on joint training's random rows",
+    "regression_pairwise": "the same, with pairs",
+    "sampled": "regression on sampled policies near the budget, divergence",
+    "sampled_loss": "the same, of their loss",
+    "sampled_pairwise": "the same, of their divergence, with pairs",
+    "sampled_all": "the same, additive, policies all over",
+    "constant": "control: constant",
+    "constant_third": "control: constant, weights a third",
+    "power_law": "control: power law",
+    "initial": "control: initial statistics",
+    "random": "control: random",
+    "reversed": "control: reversed",
+}
+
+
+def tuned(lines: Mapping[str, Any], budget: str, key: str = "tuned") -> list[dict[str, Any]]:
+    """The lines of the random policies that were fine-tuned, in the order of the policies. key: "repeat", once more."""
+    found = []
+    while f"{key} {budget} {len(found)}" in lines:
+        found.append(lines[f"{key} {budget} {len(found)}"])
+    return found
+
+
+def drawn(lines: Mapping[str, Any], budget: str) -> Mapping[str, Any]:
+    """The line of the random policies at a budget; a run of which accuracies alone were measured has none."""
+    return lines.get(f"random {budget}", {"loss": [], "halves": []})
+
+
+def correlations(runs: Runs, net: str, budget: str, name: str, after: bool) -> list[float]:
+    """Rank correlation of predicted harm and measured loss, a number a seed. after: a short fine-tuning."""
+    found = []
+    for (own, _), lines in runs.items():
+        if own != net:
+            continue
+        losses = [one["loss"] for one in tuned(lines, budget)] if after else drawn(lines, budget)["loss"]
+        said = lines.get(f"predicted {budget} {name}", {}).get("values")
+        if said is None and name in THIRDS:
+            said = proof_alpha.third(lines, budget, THIRDS[name])
+        if said and losses:
+            found.append(spearman(said[: len(losses)], losses))
+    return found
+
+
+def joint_and_tuned(runs: Runs, net: str, budget: str) -> list[float]:
+    """Rank correlation of the joint model's loss with that after a short fine-tuning, a number a seed."""
+
+    def one(lines):
+        found = [each["loss"] for each in tuned(lines, budget)]
+        return spearman(drawn(lines, budget)["loss"][: len(found)], found) if found else None
+
+    return of_runs(runs, net, one)
+
+
+def spread(losses: Sequence[float]) -> float | None:
+    """Widest minus narrowest."""
+    return float(np.ptp(losses)) if len(losses) else None
+
+
+def tuned_twice(runs: Runs, net: str, budget: str) -> list[float]:
+    """Rank correlation of the losses after a short fine-tuning with those after one on other batches, a number a seed."""
+
+    def one(lines):
+        again = [each["loss"] for each in tuned(lines, budget, "repeat")]
+        return spearman([each["loss"] for each in tuned(lines, budget)][: len(again)], again) if again else None
+
+    return of_runs(runs, net, one)
+
+
+def ceilings(runs: Runs, net: str) -> list[list[str]]:
+    """Rows of the table: noise ceilings, and what the joint model's own loss predicts."""
+
+    def before(budget):
+        return of_runs(
+            runs, net, lambda lines: reliability(halves) if (halves := drawn(lines, budget)["halves"]) else None
+        )
+
+    def after(budget):
+        return of_runs(
+            runs,
+            net,
+            lambda lines: reliability([one["halves"] for one in found]) if (found := tuned(lines, budget)) else None,
+        )
+
+    return [
+        ["noise ceiling (reliability)", *(of_two(f(b), 3) for b in PREDICTED for f in (before, after))],
+        [
+            "the joint model's loss itself",
+            *(x for b in PREDICTED for x in ("1", of_two(joint_and_tuned(runs, net, b)))),
+        ],
+    ]
+
+
+def of_two(values: Sequence[float], digits: int = 2) -> str:
+    """A cell of the tables of predictions, which show what two runs have at least."""
+    return cell(values, digits) if len(values) >= 2 else ""
+
+
+def prediction_table(runs: Runs, net: str) -> str:
+    head = ["predicted by", *(f"{b}: {what}" for b in PREDICTED for what in ("joint loss", "fine-tuned"))]
+    rows = ceilings(runs, net)
+    for name, text in PREDICTORS.items():
+        cells = [of_two(correlations(runs, net, b, name, after)) for b in PREDICTED for after in (False, True)]
+        if any(cells):
+            rows.append([text, *cells])
+    return table(head, rows)
+
+
+def cheaper_table(runs: Runs, net: str) -> str:
+    """How few sampled policies will do. Passes: of 1,536 samples a policy, forward, beside joint training's."""
+    rows = []
+    for name, count in (*((f"sampled_{count}", count) for count in (30, 60, 120)), ("sampled", 240)):
+        cells = [cell(correlations(runs, net, b, name, False)) for b in PREDICTED]
+        rows.append([str(count), f"{count * 1536 / 3 / 54_000:.2f}", *cells])
+    return table(["policies", "passes", *(f"{b}: joint loss" for b in PREDICTED)], rows)
+
+
+def values(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
+    """{placeholder: text} of this module's tables."""
+    found = {}
+    for net in nets:
+        found[f"prediction {net}"] = prediction_table(runs, net)
+        found[f"cheaper {net}"] = cheaper_table(runs, net)
+        # Of single later runs fewer policies were drawn, for the noise of fine-tuning.
+        seeds = of_runs(runs, net, lambda lines: len(drawn(lines, "W3A3")["loss"]) or None)
+        found[f"seeds {net}"] = str(len(seeds))
+        for budget in PREDICTED:
+            joint = of_runs(runs, net, lambda lines, b=budget: spread(drawn(lines, b)["loss"]))
+            after = of_runs(runs, net, lambda lines, b=budget: spread([one["loss"] for one in tuned(lines, b)]))
+            found[f"spread {net} {budget}"] = cell(joint)
+            found[f"tuned spread {net} {budget}"] = cell(after)
+            found[f"joint-tuned {net} {budget}"] = cell(joint_and_tuned(runs, net, budget))
+            found[f"twice {net} {budget}"] = cell(tuned_twice(runs, net, budget))
+            for name in PREDICTORS:
+                for late, word in ((False, "joint"), (True, "tuned")):
+                    found[f"rho {net} {budget} {name} {word}"] = cell(correlations(runs, net, budget, name, late))
+    return found

@@ -9,6 +9,7 @@ from benchmarks import proof_alpha
 from benchmarks.proof_lines import PREDICTED, THIRDS
 from benchmarks.proof_statistics import Runs, cell, of_runs, reliability, spearman, table
 
+TWICE = 12  # policies that were fine-tuned twice, for an order to be asked of
 # (name of a predictor, what it is)
 PREDICTORS = {
     "learned": "learned step sizes, as published",
@@ -77,14 +78,36 @@ def spread(losses: Sequence[float]) -> float | None:
     return float(np.ptp(losses)) if len(losses) else None
 
 
-def tuned_twice(runs: Runs, net: str, budget: str) -> list[float]:
-    """Rank correlation of the losses after a short fine-tuning with those after one on other batches, a number a seed."""
+def twice_table(runs: Runs, net: str) -> str:
+    """Rank correlations with the mean loss of two fine-tunings of the same policies, a column a run and level.
 
-    def one(lines):
-        again = [each["loss"] for each in tuned(lines, budget, "repeat")]
-        return spearman([each["loss"] for each in tuned(lines, budget)][: len(again)], again) if again else None
-
-    return of_runs(runs, net, one)
+    Ceiling: what the true mean would have with a measured one, the root of their reliability 2 r / (1 + r).
+    """
+    columns, heads = [], []
+    for (own, seed), lines in runs.items():
+        for level in PREDICTED:
+            once, again = (
+                [one["loss"] for one in tuned(lines, level, key)] if own == net else [] for key in ("tuned", "repeat")
+            )
+            if len(again) < TWICE:
+                continue
+            r = spearman(once[: len(again)], again)
+            mean = np.mean([once[: len(again)], again], axis=0)
+            said = {name: lines.get(f"predicted {level} {name}", {}).get("values") for name in PREDICTORS}
+            found = {name: f"{spearman(each[: len(mean)], mean):.2f}" for name, each in said.items() if each}
+            joint = spearman(drawn(lines, level)["loss"][: len(mean)], mean)
+            columns.append(
+                {"one": f"{r:.2f}", "ceiling": f"{np.sqrt(2 * r / (1 + r)):.2f}", "joint": f"{joint:.2f}", **found}
+            )
+            heads.append(f"seed {seed}, {level} ({len(mean)})")
+    names = {
+        "one": "one fine-tuning with the other",
+        "ceiling": "ceiling",
+        "joint": "the joint model's loss itself",
+        **PREDICTORS,
+    }
+    rows = [[text, *(column.get(name, "") for column in columns)] for name, text in names.items()]
+    return table(["predicted by", *heads], [row for row in rows if any(row[1:])])
 
 
 def ceilings(runs: Runs, net: str) -> list[list[str]]:
@@ -141,6 +164,7 @@ def values(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
     for net in nets:
         found[f"prediction {net}"] = prediction_table(runs, net)
         found[f"cheaper {net}"] = cheaper_table(runs, net)
+        found[f"twice {net}"] = twice_table(runs, net)
         # Of single later runs fewer policies were drawn, for the noise of fine-tuning.
         seeds = of_runs(runs, net, lambda lines: len(drawn(lines, "W3A3")["loss"]) or None)
         found[f"seeds {net}"] = str(len(seeds))
@@ -150,7 +174,6 @@ def values(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
             found[f"spread {net} {budget}"] = cell(joint)
             found[f"tuned spread {net} {budget}"] = cell(after)
             found[f"joint-tuned {net} {budget}"] = cell(joint_and_tuned(runs, net, budget))
-            found[f"twice {net} {budget}"] = cell(tuned_twice(runs, net, budget))
             for name in PREDICTORS:
                 for late, word in ((False, "joint"), (True, "tuned")):
                     found[f"rho {net} {budget} {name} {word}"] = cell(correlations(runs, net, budget, name, late))

@@ -70,6 +70,26 @@ def test_alpha_after_fine_tuning_computed_another_way():
     assert proof_alpha.within(lines, "another", 1.0) is None
 
 
+def test_two_fine_tunings_agree_as_computed_another_way():
+    """A prediction in the order of the mean has 1; the ceiling follows from how far the two agree."""
+    rng = np.random.default_rng(1)
+    once = rng.permutation(20).astype(float)
+    again = once[:14] + rng.normal(size=14, scale=5)
+    lines = {f"tuned W3A3 {i}": {"loss": loss} for i, loss in enumerate(once)}
+    lines |= {f"repeat W3A3 {i}": {"loss": loss} for i, loss in enumerate(again)}
+    lines |= {
+        "random W3A3": {"loss": list(-once)},
+        "predicted W3A3 learned": {"values": [*(once[:14] + again), *once[14:]]},
+    }
+    rows = proof_prediction.twice_table({("resnet8", 9): lines}, "resnet8").splitlines()
+    found = {row.split(" | ")[0][2:]: row.split(" | ")[1].rstrip(" |") for row in rows if " | " in row}
+    r = 1 - 6 * sum((np.argsort(np.argsort(once[:14])) - np.argsort(np.argsort(again))) ** 2) / (14 * (14**2 - 1))
+    assert found["predicted by"] == "seed 9, W3A3 (14)" and found["learned step sizes, as published"] == "1.00"
+    assert float(found["one fine-tuning with the other"]) == pytest.approx(r, abs=0.005)
+    assert 0 < r < 1 and float(found["ceiling"]) ** 2 * (1 + r) == pytest.approx(2 * r, abs=0.02)
+    assert set(found) >= {"ceiling", "the joint model's loss itself"} and len(rows) == 6
+
+
 def test_a_table_is_found_again_in_what_it_predicted():
     """W and A up to a constant each; layers 0 and 1 share their activation bits; layer 2 never had 4 bits."""
     rng = np.random.default_rng(0)

@@ -110,6 +110,19 @@ def twice_table(runs: Runs, net: str) -> str:
     return table(["predicted by", *heads], [row for row in rows if any(row[1:])])
 
 
+def of_the_mean(runs: Runs, net: str, level: str, name: str) -> list[float]:
+    """Rank correlation of a prediction with the mean loss of two fine-tunings, a number a run."""
+
+    def one(lines: Mapping[str, Any]) -> float | None:
+        once, again = ([each["loss"] for each in tuned(lines, level, key)] for key in ("tuned", "repeat"))
+        said = lines.get(f"predicted {level} {name}", {}).get("values")
+        if said is None or len(again) < TWICE:
+            return None
+        return spearman(said[: len(again)], np.mean([once[: len(again)], again], axis=0))
+
+    return of_runs(runs, net, one)
+
+
 def ceilings(runs: Runs, net: str) -> list[list[str]]:
     """Rows of the table: noise ceilings, and what the joint model's own loss predicts."""
 
@@ -175,6 +188,7 @@ def values(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
             found[f"tuned spread {net} {budget}"] = cell(after)
             found[f"joint-tuned {net} {budget}"] = cell(joint_and_tuned(runs, net, budget))
             for name in PREDICTORS:
+                found[f"mean {net} {budget} {name}"] = cell(of_the_mean(runs, net, budget, name))
                 for late, word in ((False, "joint"), (True, "tuned")):
                     found[f"rho {net} {budget} {name} {word}"] = cell(correlations(runs, net, budget, name, late))
     return found

@@ -40,10 +40,10 @@ CONTESTANTS = {
 }
 
 
-def differences(runs: Runs, net: str, budget: str, name: str, seeds: int = SEEDS) -> list[float]:
-    """Test accuracy minus the best uniform policy's, a number a seed; none where fewer than `seeds` have it."""
+def differences(runs: Runs, net: str, budget: str, name: str) -> list[float]:
+    """Test accuracy minus the best uniform policy's, a number a seed; none where fewer than SEEDS have it."""
     found = proof_paper.paired(runs, net, budget, name, "best uniform")
-    return found if len(found) >= seeds else []
+    return found if len(found) >= SEEDS else []
 
 
 def measured_budgets(runs: Runs, net: str) -> list[str]:

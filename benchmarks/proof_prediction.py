@@ -78,49 +78,41 @@ def spread(losses: Sequence[float]) -> float | None:
     return float(np.ptp(losses)) if len(losses) else None
 
 
+def twice(lines: Mapping[str, Any], level: str) -> np.ndarray | None:
+    """[N, 2]: losses of the random policies that were fine-tuned twice; None where they are few."""
+    again = [one["loss"] for one in tuned(lines, level, "repeat")]
+    once = [one["loss"] for one in tuned(lines, level)][: len(again)]
+    return np.stack([once, again], -1) if len(again) >= TWICE else None
+
+
+def of_the_mean(lines: Mapping[str, Any], level: str, name: str) -> float | None:
+    """Rank correlation of a prediction with the mean loss of two fine-tunings. name: "joint" for the joint model's loss."""
+    losses = twice(lines, level)
+    said = drawn(lines, level)["loss"] if name == "joint" else lines.get(f"predicted {level} {name}", {}).get("values")
+    return None if losses is None or not said else spearman(said[: len(losses)], losses.mean(1))
+
+
 def twice_table(runs: Runs, net: str) -> str:
     """Rank correlations with the mean loss of two fine-tunings of the same policies, a column a run and level.
 
-    Ceiling: what the true mean would have with a measured one, the root of their reliability 2 r / (1 + r).
+    Ceiling: what the true mean would have with a measured one, the root of their reliability.
     """
-    columns, heads = [], []
-    for (own, seed), lines in runs.items():
-        for level in PREDICTED:
-            once, again = (
-                [one["loss"] for one in tuned(lines, level, key)] if own == net else [] for key in ("tuned", "repeat")
-            )
-            if len(again) < TWICE:
-                continue
-            r = spearman(once[: len(again)], again)
-            mean = np.mean([once[: len(again)], again], axis=0)
-            said = {name: lines.get(f"predicted {level} {name}", {}).get("values") for name in PREDICTORS}
-            found = {name: f"{spearman(each[: len(mean)], mean):.2f}" for name, each in said.items() if each}
-            joint = spearman(drawn(lines, level)["loss"][: len(mean)], mean)
-            columns.append(
-                {"one": f"{r:.2f}", "ceiling": f"{np.sqrt(2 * r / (1 + r)):.2f}", "joint": f"{joint:.2f}", **found}
-            )
-            heads.append(f"seed {seed}, {level} ({len(mean)})")
-    names = {
-        "one": "one fine-tuning with the other",
-        "ceiling": "ceiling",
-        "joint": "the joint model's loss itself",
-        **PREDICTORS,
+    found = {
+        (seed, level): losses
+        for (own, seed), lines in runs.items()
+        for level in PREDICTED
+        if own == net and (losses := twice(lines, level)) is not None
     }
-    rows = [[text, *(column.get(name, "") for column in columns)] for name, text in names.items()]
-    return table(["predicted by", *heads], [row for row in rows if any(row[1:])])
-
-
-def of_the_mean(runs: Runs, net: str, level: str, name: str) -> list[float]:
-    """Rank correlation of a prediction with the mean loss of two fine-tunings, a number a run."""
-
-    def one(lines: Mapping[str, Any]) -> float | None:
-        once, again = ([each["loss"] for each in tuned(lines, level, key)] for key in ("tuned", "repeat"))
-        said = lines.get(f"predicted {level} {name}", {}).get("values")
-        if said is None or len(again) < TWICE:
-            return None
-        return spearman(said[: len(again)], np.mean([once[: len(again)], again], axis=0))
-
-    return of_runs(runs, net, one)
+    rows = [
+        ["one fine-tuning with the other", *(f"{spearman(*losses.T):.2f}" for losses in found.values())],
+        ["ceiling", *(f"{np.sqrt(reliability(losses)):.2f}" for losses in found.values())],
+    ]
+    for name, text in {"joint": "the joint model's loss itself", **PREDICTORS}.items():
+        cells = [of_the_mean(runs[net, seed], level, name) for seed, level in found]
+        if any(one is not None for one in cells):
+            rows.append([text, *("" if one is None else f"{one:.2f}" for one in cells)])
+    heads = (f"seed {seed}, {level} ({len(losses)})" for (seed, level), losses in found.items())
+    return table(["predicted by", *heads], rows)
 
 
 def ceilings(runs: Runs, net: str) -> list[list[str]]:
@@ -188,7 +180,9 @@ def values(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
             found[f"tuned spread {net} {budget}"] = cell(after)
             found[f"joint-tuned {net} {budget}"] = cell(joint_and_tuned(runs, net, budget))
             for name in PREDICTORS:
-                found[f"mean {net} {budget} {name}"] = cell(of_the_mean(runs, net, budget, name))
+                found[f"mean {net} {budget} {name}"] = cell(
+                    of_runs(runs, net, lambda lines, b=budget, n=name: of_the_mean(lines, b, n))
+                )
                 for late, word in ((False, "joint"), (True, "tuned")):
                     found[f"rho {net} {budget} {name} {word}"] = cell(correlations(runs, net, budget, name, late))
     return found

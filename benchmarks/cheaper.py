@@ -20,8 +20,10 @@ from benchmarks.proof_lines import BUDGETS, LEVELS, Lines, as_lists, as_policy, 
 from benchmarks.proof_run import NETS, Bench, Settings, measured, open_bench
 from mpq_jax import command_line, costs, importance, joint, stages
 from mpq_jax import config as config_lib
+from mpq_jax.config import Joint
 from mpq_jax.criteria.learned import RowLog, fit_alpha, learned
 from mpq_jax.search import solve
+from mpq_jax.stages.run import sliced
 from mpq_jax.types import Importance
 from mpq_jax.workdir import latest_step
 
@@ -57,10 +59,9 @@ def train(bench: Bench, name: str) -> tuple[stages.Run, joint.TrainState, RowLog
     return run, state, log, latest_step(workdir / "joint") or 0
 
 
-def samples_seen(run: stages.Run, state: joint.TrainState, steps: int) -> int:
+def samples_seen(settings: Joint, rows: int, steps: int) -> int:
     """Forward and backward passes of one sample: with slices a row sees its share of the batch."""
-    settings, rows = run.config.joint, len(state.rows["index"])
-    return steps * rows * (settings.batch_size // rows if settings.slices == "true" else settings.batch_size)
+    return steps * rows * (settings.batch_size // rows if sliced(settings, rows) else settings.batch_size)
 
 
 def choose(table: Importance, bench: Bench) -> dict[str, list[list[int]]]:
@@ -90,7 +91,7 @@ def one(bench: Bench, lines: Lines, name: str) -> None:
         name,
         steps=steps,
         rows=len(state.rows["index"]),
-        samples=samples_seen(run, state, steps),
+        samples=samples_seen(run.config.joint, len(state.rows["index"]), steps),
         alpha_samples=2 * run.config.joint.batch_size * len(rows.loss),
         train=bench.run.dataset.sizes["train"],
         cpu_seconds=seconds,

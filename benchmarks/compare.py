@@ -28,13 +28,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.cheaper import samples_seen
 from mpq_jax import command_line, costs, importance, policy, stages
 from mpq_jax import config as config_lib
 from mpq_jax.config import Config
 from mpq_jax.criteria import CRITERIA, files
 from mpq_jax.files import write_json, write_text
 from mpq_jax.search import best_uniform, methods, random_policies, run, solve
-from mpq_jax.stages.run import row_names, sliced
+from mpq_jax.stages.run import row_names
 from mpq_jax.types import Bits, Budget, Importance, Refusal
 
 CONTROLS = ("uniform", "random_policies")
@@ -97,8 +98,7 @@ def open_bench(config: Config, workdir: Path, texts: Sequence[str]) -> Bench:
         return float(losses[0]), float(accuracies[0])
 
     rows = len(row_names(opened.run.model, config.joint))
-    each = config.joint.batch_size // (rows if sliced(config.joint, rows) else 1)  # samples of a row's step
-    samples = stages.steps_of(config.joint, opened.run) * each * rows
+    samples = samples_seen(config.joint, rows, stages.steps_of(config.joint, opened.run))
     return Bench(
         config,
         workdir,

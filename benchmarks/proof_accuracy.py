@@ -91,6 +91,16 @@ def against_table(runs: Runs, net: str, base: str, text_of_base: str) -> str:
     return table([f"{text_of_base} minus", *levels], rows)
 
 
+def headroom(runs: Runs, net: str, budget: str) -> list[float]:
+    """Test accuracy of the float model minus the best uniform policy's, a number a seed."""
+
+    def one(lines: Mapping[str, Any]) -> float | None:
+        best = best_uniform(lines, budget)
+        return lines["float"]["test_accuracy"] - best[1]["test_accuracy"] if best and "float" in lines else None
+
+    return of_runs(runs, net, one)
+
+
 def over_budgets(
     runs: Runs, nets: Collection[str], name: str, field: str, base: str = "learned", levels: Sequence[str] = LEVELS
 ) -> list[float]:
@@ -190,6 +200,8 @@ def values(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
         found[f"learned against {net}"] = against_table(runs, net, "learned", CONTESTANTS["learned"])
         found[f"longer {net}"] = longer_table(runs, net, "W2A3")
         same = of_the_default(runs, net)
+        for budget in measured_budgets(runs, net):
+            found[f"headroom {net} {budget}"] = cell(headroom(runs, net, budget), 2, 100, sign=True)
         for budget in BUDGETS:
             for name in CONTESTANTS:
                 gains = proof_paper.paired(runs, net, budget, name, "best uniform")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from benchmarks import proof_alpha
 from benchmarks.proof_lines import PREDICTED, THIRDS
@@ -60,6 +61,29 @@ def correlations(runs: Runs, net: str, budget: str, name: str, after: bool) -> l
             said = proof_alpha.third(lines, budget, THIRDS[name])
         if said and losses:
             found.append(spearman(said[: len(losses)], losses))
+    return found
+
+
+def of_others(runs: Runs, net: str, budget: str, after: bool) -> list[float]:
+    """As `correlations`, of a table fitted to the losses measured in all *other* runs: what they have in common.
+
+    A weight or an input of b bits has the entry c 4^-b, as the variance of rounding has; the c are least squares over the
+    runs, in each of which the losses are centred and scaled. Fewer than three runs have none.
+    """
+    measured = {}
+    for run, lines in runs.items():
+        losses = [one["loss"] for one in tuned(lines, budget)] if after else drawn(lines, budget)["loss"]
+        if run[0] == net and len(losses):
+            bits = np.array(lines[f"random {budget}"]["policies"][: len(losses)], np.float64)
+            measured[run] = 4.0 ** -bits.reshape(len(losses), -1), np.array(losses)
+    found = []
+    for run, (variances, losses) in measured.items():
+        others = [pair for other, pair in measured.items() if other != run]
+        if len(others) < 2:
+            return []
+        matrix = np.concatenate([x - x.mean(0) for x, _ in others])
+        entries = np.linalg.lstsq(matrix, np.concatenate([stats.zscore(y) for _, y in others]), rcond=None)[0]
+        found.append(spearman(variances @ entries, losses))
     return found
 
 
@@ -151,6 +175,8 @@ def prediction_table(runs: Runs, net: str) -> str:
         cells = [of_two(correlations(runs, net, b, name, after)) for b in PREDICTED for after in (False, True)]
         if any(cells):
             rows.append([text, *cells])
+    cells = [of_two(of_others(runs, net, b, after)) for b in PREDICTED for after in (False, True)]
+    rows.append(["control: fitted to the other seeds' measured losses", *cells])
     return table(head, rows)
 
 
@@ -178,6 +204,8 @@ def values(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
             after = of_runs(runs, net, lambda lines, b=budget: spread([one["loss"] for one in tuned(lines, b)]))
             found[f"spread {net} {budget}"] = cell(joint)
             found[f"tuned spread {net} {budget}"] = cell(after)
+            for late, word in ((False, "joint"), (True, "tuned")):
+                found[f"others {net} {budget} {word}"] = cell(of_others(runs, net, budget, late))
             found[f"joint-tuned {net} {budget}"] = cell(joint_and_tuned(runs, net, budget))
             for name in PREDICTORS:
                 found[f"mean {net} {budget} {name}"] = cell(

@@ -90,6 +90,19 @@ def test_two_fine_tunings_agree_as_computed_another_way():
     assert set(found) >= {"ceiling", "the joint model's loss itself"} and len(rows) == 6
 
 
+def test_a_table_of_the_other_runs_knows_nothing_of_its_own():
+    """Runs whose losses are the same sums but for place and scale; in the last one their order is reversed."""
+    rng = np.random.default_rng(2)
+    entries, bits, runs = rng.uniform(size=(3, 2)), rng.integers(2, 7, (15, 3, 2)), {}
+    for seed, sign in enumerate((1, 1, 1, -1)):
+        losses = seed + sign * 2.0**seed * (entries / 4.0**bits).sum((1, 2))
+        runs["resnet8", seed] = {"random W3A3": {"policies": bits.tolist(), "loss": losses.tolist(), "halves": []}}
+    upright = dict(list(runs.items())[:3])
+    assert proof_prediction.of_others(upright, "resnet8", "W3A3", after=False) == pytest.approx([1, 1, 1])
+    assert proof_prediction.of_others(runs, "resnet8", "W3A3", after=False)[3] == pytest.approx(-1)
+    assert not proof_prediction.of_others(dict(list(runs.items())[:2]), "resnet8", "W3A3", after=False)
+
+
 def test_a_table_is_found_again_in_what_it_predicted():
     """W and A up to a constant each; layers 0 and 1 share their activation bits; layer 2 never had 4 bits."""
     rng = np.random.default_rng(0)

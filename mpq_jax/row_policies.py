@@ -45,7 +45,8 @@ def random_bits(
     """R random policies, int32 [R, L, 2]: weight and activation bits of the searched layers in order; may be traced.
 
     Weight and activation bits are drawn independently, uniformly from each layer's candidates; layers with equal
-    `tied` share the draw of their activation bits. same_bits: both get the weights' draw, as in LIMPQ.
+    `tied` share the draw of their activation bits. same_bits: both get the weights' draw, as in LIMPQ, in layers whose
+    activations may have every width that their weights may have; others draw twice all the same.
     """
     searched = [i for i, layer in enumerate(layers) if layer.searched]
     if not searched:
@@ -64,7 +65,7 @@ def random_bits(
     for i, (layer, both) in enumerate(zip((layers[i] for i in searched), candidates, strict=True)):
         for kind, each in enumerate(both):
             table[i, kind, : len(each)] = each
-        if same_bits and both[1] == tuple(bit_widths):
+        if same_bits and set(both[0]) <= set(both[1]):
             sources[i, 1] = sources[i, 0]
         if layer.tied is not None:
             # Where a rule narrowed one of the tied layers, it keeps its own draw.

@@ -347,6 +347,13 @@ def test_random_rows():
     np.testing.assert_array_equal(array[:, [layer.searched for layer in LAYERS]], again)
     same = row_policies.random_rows(jax.random.key(1), LAYERS[1:2], WIDTHS, WIDTHS, 50, same_bits=True)
     np.testing.assert_array_equal(same["b"].w, same["b"].a)
+    # Where the weights' widths are not all the activations', each keeps to its own.
+    widths = (2, 4, 8)
+    apart = [LAYERS[1]._replace(tied=None, activation_bit_widths=own) for own in ((2, 3), (2, 4, 8, 16))]
+    apart = [layer._replace(path=f"own{i}") for i, layer in enumerate(apart)]
+    same = row_policies.random_rows(jax.random.key(1), apart, widths, (2, 3, 4), 50, same_bits=True)
+    assert set(np.unique(same["own0"].a)) == {2, 3} and set(np.unique(same["own0"].w)) == set(widths)
+    np.testing.assert_array_equal(same["own1"].w, same["own1"].a)
 
 
 def test_uniform_rows_take_the_nearest_candidate():
@@ -377,6 +384,30 @@ def test_batch_statistics_are_the_batches_own(net):
         out = seen["conv/kernel"]
         np.testing.assert_allclose(found["bn"]["mean"][i], out.mean((0, 1, 2)), rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(found["bn"]["var"][i], out.var((0, 1, 2)), rtol=1e-3, atol=1e-5)
+
+
+class Kept(nn.Module):
+    """Statistics that are no averages of batches: of a frozen layer, and a spectral norm's power iteration."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=True, name="frozen")(nn.Conv(4, (3, 3))(x))
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.0, name="moving")(x)).mean((1, 2))
+        return nn.Dense(3)(nn.SpectralNorm(nn.Dense(4, name="normed"), name="spectral")(x, update_stats=train))
+
+
+def test_statistics_that_are_no_averages_are_kept():
+    model = Kept()
+    quantized = quantize(model, BATCH["image"], bit_widths=WIDTHS, rules=[("normed", "float")])
+    variables = jax.jit(model.init)(jax.random.key(0), BATCH["image"])
+    stats = jax.tree.map(lambda x: jnp.stack([x + 0.25] * 2), {"batch_stats": variables["batch_stats"]})
+    found = jax.jit(evaluation.make_batch_statistics(quantized, TASK))(variables["params"], stats, None, BATCH)
+    for name in ("frozen", "spectral"):
+        jax.tree.map(np.testing.assert_array_equal, found[name], stats["batch_stats"][name])
+    own = jax.tree.map(lambda x: x[0], stats["batch_stats"])
+    _, moved = model.apply({**variables, "batch_stats": own}, BATCH["image"], train=True, mutable=["batch_stats"])
+    for name in ("mean", "var"):  # with a momentum of 0 they are the batch's already
+        np.testing.assert_allclose(found["moving"][name][1], moved["batch_stats"]["moving"][name], rtol=1e-5)
 
 
 def test_golden_step(net):

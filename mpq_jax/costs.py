@@ -221,6 +221,8 @@ def _budget(
     bit_widths: Sequence[int],
     activation_bit_widths: Sequence[int],
 ) -> Budget:
+    if limit >= 2**62:
+        raise Refusal(f"budget {text!r} is more than any network spends, and more than is counted here; leave it out")
     searched = [layer for layer in layers if layer.searched]
     exact = name != "latency"
     table = np.zeros((len(searched), len(bit_widths), len(activation_bit_widths)), np.int64 if exact else np.float64)

@@ -83,8 +83,9 @@ def load_importance(path: str | Path) -> Importance:
     paths = [layer.path for layer in layers]
     if len(set(paths)) < len(paths):
         raise refuse(f"layer path {next(p for p in paths if paths.count(p) > 1)!r} stands twice")
-    for name, limit in (("macs", MOST_MACS), ("params", MOST_PARAMS)):
-        if sum(getattr(layer, name) for layer in layers) >= limit:
+    most = {"macs": MOST_MACS, "params": MOST_PARAMS, "inputs": MOST_PARAMS, "outputs": MOST_PARAMS}
+    for name, limit in most.items():
+        if sum(getattr(layer, name) or 0 for layer in layers) >= limit:
             raise refuse(f'the "{name}" of all layers add up to more than {limit}')
     searched = sum(layer.searched for layer in layers)
     if not searched:

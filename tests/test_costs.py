@@ -82,6 +82,15 @@ def test_refused(text):
     assert "\n" not in str(refusal.value) and "write " in str(refusal.value)
 
 
+def test_more_than_is_counted_is_refused():
+    """Typed, or in a policy that was edited; of every unit."""
+    for text in ("bitops=10000000T", "size=99999999999GB", "memory=99999999999GB"):
+        with pytest.raises(Refusal, match="leave it out"):
+            budgets_of(TABLE, text)
+    with pytest.raises(Refusal, match="leave it out"):
+        costs.restore_budgets({"wbits": 2**62}, TABLE)
+
+
 def test_refused_together():
     with pytest.raises(Refusal, match="two budgets limit bitops"):
         budgets_of(TABLE, "bitops=W3A4", "bitops=1G")

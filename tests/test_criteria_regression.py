@@ -116,6 +116,8 @@ def test_what_regression_refuses_and_says():
         regression.regression(MODEL, logged(truth, 28))
     with pytest.raises(Refusal, match="above 0 and up to 1"):
         regression.regression(MODEL, logged(truth, 100), settled=0.0)
+    with pytest.raises(Refusal, match="has 2 rows to use of 100"):
+        regression.regression(MODEL, logged(truth, 100), settled=1e-20)
     log = logged(truth, 100)
     same = log._replace(policies=np.repeat(log.policies[..., :1], 2, -1) // 2 * 2)
     model = MODEL._replace(bit_widths=(2, 4, 6), activation_bit_widths=(2, 4, 6), layers=LAYERS[:2] + LAYERS[4:])

@@ -23,14 +23,14 @@ class Clock:
         return self.now
 
 
-def opened(path, clock, losses, **limits):
+def opened(path, clock, losses, accuracy=0.5, **limits):
     """A journal whose evaluation takes two seconds and gives the next of `losses`."""
     given = iter(losses)
 
     def evaluate(policy):
         assert policy["first"] == Bits(8, 8)  # fixed layers are filled in
         clock.now += 2
-        return Outcome(next(given), 0.5)
+        return Outcome(next(given), accuracy)
 
     return Journal(path, TABLE, BUDGETS, evaluate, clock=clock, **limits)
 
@@ -77,6 +77,18 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
     other.measure(searched(0))
     with pytest.raises(Refusal, match=r"another policy as number 2.*delete it"):
         other.measure(searched(2))
+
+
+def test_what_is_no_number_reads_back_as_it_was_measured(tmp_path):
+    """A loss that is none is the worst, before and after a kill; a task may have no accuracy."""
+    path, clock = tmp_path / "log.jsonl", Clock()
+    journal = opened(path, clock, [math.nan, 0.7, -math.inf], accuracy=math.nan)
+    before = [journal.measure(searched(i)) for i in range(3)]
+    assert [one.loss for one in before] == [math.inf, 0.7, math.inf]
+    again = opened(path, clock, [])
+    for i, one in enumerate(before):
+        read = again.measure(searched(i))
+        assert read.loss == one.loss and math.isnan(read.accuracy)
 
 
 @pytest.mark.parametrize("broken", ["[1, 2]", "{}", "{not json", '{"policy": {}, "loss": 1}'])

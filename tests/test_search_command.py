@@ -90,6 +90,7 @@ REFUSED = [
     (["--describe", "--config", "configs/digits.py", "--model.name", "resnet9"], "possible: resnet8"),
     (["--describe", "--config", "configs/digits.py", "--model.name", "no_such_package:net"], "no_such_package"),
     (["--describe"], "needs --config"),
+    (["--describe", "--config", "configs/digits.py", "--budget", "bitops=W3A3"], "leave out --budget"),
     (["--frontier", "1"], "from 2 to 10000"),
     (["--frontier", "many"], "invalid int"),
     (["--frontier", "8", "--budget", "memory=1MB"], "name another first"),
@@ -198,6 +199,10 @@ def test_check(place, capsys):
     assert search.main([*source, "--policy", str(path), "--check"]) == 1
     assert "OVER THE BUDGET" in capsys.readouterr().out
     assert search.main([*source, "--policy", str(path), "--check", "--budget", "bitops=W8A8"]) == 0
+    path.write_text(json.dumps({**edited, "budgets": {"latency": {"limit": 3.0}, **edited["budgets"]}}))
+    capsys.readouterr()
+    assert search.main([*source, "--policy", str(path), "--check"]) == 2
+    assert "add --latency latency.json" in capsys.readouterr().err
     del edited["budgets"]
     path.write_text(json.dumps(edited))
     assert search.main([*source, "--policy", str(path), "--check"]) == 0

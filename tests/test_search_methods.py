@@ -126,6 +126,16 @@ def test_measured_as_the_model_is(place, opened):
     assert line["accuracy"] == pytest.approx(float(right / count))
 
 
+def test_bits_that_nothing_was_learned_of_are_no_answer(place, quick, capsys):
+    """Too few steps for theta to move at all; or too few seconds, after which nothing is written."""
+    with pytest.raises(Refusal, match=r"--gumbel.steps is 20, and theta moves after 100.*fewer --gumbel.warmup_steps"):
+        methods.settings("gumbel", ["--gumbel.steps=20"])
+    out = place / "short.json"
+    assert search.main(command(place, "gumbel", "--seconds", "1e-9", out=out)) == 2
+    shown = capsys.readouterr().err
+    assert "theta moves after 1 alone" in shown and "give --seconds more" in shown and not out.exists()
+
+
 def test_killed_while_theta_trains(place, quick, tmp_path, monkeypatch):
     """Stopped between two checkpoints and started again: the same training log, the same policies."""
     whole = log_of(place, "edmips")

@@ -289,6 +289,11 @@ def answer_check(arguments: argparse.Namespace, overrides: Sequence[str]) -> int
     if not budgets:
         saved = read_json(arguments.policy, "mpq-policy", 1, MADE_BY).get("budgets")
         limits = costs.saved_limits(saved, str(arguments.policy))
+        if "latency" in limits and not arguments.latency:
+            raise Refusal(
+                f"{arguments.policy} was found within a latency, which needs its table to be checked; add --latency "
+                "latency.json, or name other budgets with --budget"
+            )
         latency = costs.load_latency(arguments.latency) if arguments.latency else None
         budgets = costs.restore_budgets(limits, importance, latency)
     if not budgets:

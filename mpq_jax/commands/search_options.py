@@ -128,4 +128,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     asks = asks or arguments.import_limpq or arguments.criterion
     if not asks:
         raise Refusal("no budget given; write e.g. --budget bitops=W3A4 (or --frontier 64)")
+    if arguments.describe and (arguments.budget or arguments.frontier):
+        raise Refusal("--describe shows layers and what uniform policies cost; leave out --budget and --frontier")
+    if arguments.rule and not (arguments.budget or arguments.frontier or arguments.check):
+        raise Refusal("--rule narrows a search; add a budget, e.g. --budget bitops=W3A4")
     return arguments, rest

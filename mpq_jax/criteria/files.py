@@ -36,6 +36,20 @@ def config_of(workdir: Path, overrides: Sequence[str] = ()) -> Config:
     return config_lib.override(config, overrides)
 
 
+def _check_used(name: str, overrides: Sequence[str]) -> None:
+    """Refuses settings of other criteria, which would change nothing."""
+    used = find(name).settings
+    for word in overrides:
+        setting = word.partition("=")[0].replace("-", "_").removeprefix("__criteria.")
+        if (
+            word.startswith("--criteria.")
+            and setting in config_lib.to_json(Config())["criteria"]
+            and setting not in used
+        ):
+            has = ", ".join(f"criteria.{each}" for each in used) or "none"
+            raise Refusal(f"{name} does not use criteria.{setting}; its settings: {has}")
+
+
 def default(workdir: Path) -> str:
     """The criterion that a search takes unless told: the run's search.criterion; "learned" of a folder that is no run's."""
     return load_config(workdir).search.criterion if (workdir / "config.json").is_file() else "learned"
@@ -54,6 +68,7 @@ def ensure(workdir: Path, name: str, overrides: Sequence[str] = (), opened: Any 
     Raises Refusal for a name that does not exist, and where the run lacks what the criterion needs.
     """
     path = path_of(workdir, name)
+    _check_used(name, overrides)
     config = config_of(workdir, overrides)
     check_needs(workdir, name, config)
     if name == "learned" or is_true(path, workdir, name, config):

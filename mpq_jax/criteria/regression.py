@@ -170,7 +170,8 @@ def _usable(rows: RowLog, settled: float) -> RowLog:
     if not 0 < settled <= 1:
         raise Refusal(f"criteria.settled is {settled}; give a share of the log above 0 and up to 1, such as 0.5")
     steps = np.unique(rows.step)
-    late = rows.step >= (steps[int((1 - settled) * len(steps))] if len(steps) else 0)
+    first = min(int((1 - settled) * len(steps)), len(steps) - 1)  # the last one at least, whatever rounding says
+    late = rows.step >= (steps[first] if len(steps) else 0)
     log = RowLog(*(np.asarray(field)[late] for field in rows))
     if len(log.loss) < FEWEST_ROWS or len(np.unique(log.step)) < FOLDS:
         raise Refusal(

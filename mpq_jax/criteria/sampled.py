@@ -76,7 +76,8 @@ def draw(table: Importance, count: int, near: Sequence[str], seed: int) -> tuple
         budgets = costs.parse_budgets(list(near), table.layers, table.bit_widths, table.activation_bit_widths)
         found = random_policies(table, budgets, count, seed=seed, within=WITHIN)
         if len(found) >= FEWEST_ROWS:
-            return found, f"{len(found)} random policies within {WITHIN:.0%} of {', '.join(near)}"
+            share = "" if budgets[0].largest else f" {WITHIN:.0%} of"  # a limit on the largest layer only has to hold
+            return found, f"{len(found)} random policies within{share} {', '.join(near)}"
     problem, rng = build(table, []), np.random.default_rng(seed)
     fixed = {layer.path: layer.bits for layer in table.layers if layer.bits is not None}
     drawn = (random_fitting(problem, rng) for _ in range(count))

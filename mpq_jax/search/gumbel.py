@@ -133,6 +133,11 @@ def search(method: str, problem: Problem, journal: Journal, settings: Supernet, 
         recorder=logs.Recorder(log.load, log.add, log.flush),
         stop=lambda *_: journal.seconds is not None and log.seconds() >= journal.seconds,
     )
+    if (trained := int(state.step)) <= settings.warmup_steps:
+        raise Refusal(
+            f"{journal.seconds:g} s ended the training after {trained} steps, and theta moves after {settings.warmup_steps} alone: "
+            f"all bits are as likely; give --seconds more, or fewer --{method}.warmup_steps"
+        )
     journal.begin_at(log.seconds())
     shares = edmips.probabilities(state.theta, problem) if method == "edmips" else final_shares(state.theta, problem)
     measure_policies(problem, np.asarray(shares), journal, journal.evaluations or 1, np.random.default_rng(seed))

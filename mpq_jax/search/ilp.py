@@ -47,6 +47,7 @@ class Progress:
         self.proved = False
         self.infeasible = False  # proven: no policy keeps all budgets
         self.solver = "lagrange"
+        self.fewest = False  # whether the picks have the fewest bits of all of their objective
         largest = [np.abs(problem.value[problem.allowed]).max(), *(np.abs(term.table).max() for term in problem.terms)]
         self.slack = ROUNDING * (len(problem.paths) + len(problem.terms)) * float(max(largest))
 
@@ -155,8 +156,7 @@ def solve_problem(
         _last_resort(progress, deadline)
     # A bound that meets the objective is a proof, whoever found the policy.
     progress.proved |= progress.objective - progress.bound <= progress.slack
-    # With several budgets branch and bound has looked at all equals already; with one it drops them early.
-    if progress.proved and additive and (len(problem.cost) < 2 or progress.solver != "branch and bound"):
+    if progress.proved and additive and not progress.fewest:
         _fewest_bits(progress, deadline)
     return progress
 
@@ -185,6 +185,8 @@ def _widen(progress: Progress, nodes: int, deadline: float) -> None:
         found = branch(problem, dual, gap, nodes=nodes, deadline=deadline)
         nodes -= found.nodes + 1000
         progress.offer(found.picks, "branch and bound")
+        # With several budgets it looks at all equals; with one it drops them early.
+        progress.fewest = len(problem.cost) > 1 and found.picks is not None and progress.picks is found.picks
         if found.done:
             progress.bound = max(progress.bound, min(dual.bound + gap, progress.objective))
             if found.picks is not None or gap >= progress.gap:

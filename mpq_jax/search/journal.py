@@ -94,6 +94,8 @@ class Journal:
             measured, seconds = Outcome(loss, accuracy), line["seconds"]
         else:
             measured = self._evaluate(policy)
+            if not math.isfinite(measured.loss):  # the worst, now as when it is read back
+                measured = measured._replace(loss=math.inf)
             seconds = round(self._clock() - self._mark, 3)
             self._append({"number": number + 1, "policy": _bits_to_json(policy), "cost": cost}, measured, seconds, note)
         self._mark = self._clock()
@@ -117,13 +119,15 @@ def _bits_to_json(policy: Policy) -> dict[str, list[Any]]:
 
 
 def _is_evaluation(value: Any) -> bool:
-    """Whether a line says what was measured of which policy. A loss of null was no number."""
+    """Whether a line says what was measured of which policy. What is null was no number; some tasks have no accuracy."""
     if not isinstance(value, dict) or not isinstance(value.get("policy"), dict) or "loss" not in value:
         return False
-    numbers = [value.get("accuracy"), value.get("seconds"), *([] if value["loss"] is None else [value["loss"]])]
+    if "accuracy" not in value:
+        return False
+    numbers = [value.get("seconds"), *(value[name] for name in ("loss", "accuracy") if value[name] is not None)]
     if not all(type(number) in (int, float) and abs(number) < 1e300 for number in numbers):
         return False
-    return 0 <= value["accuracy"] <= 1 and value["seconds"] >= 0
+    return (value["accuracy"] is None or 0 <= value["accuracy"] <= 1) and value["seconds"] >= 0
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

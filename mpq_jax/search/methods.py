@@ -136,6 +136,11 @@ def settings(method: str, overrides: Sequence[str] = ()) -> Any:
         if not ((value > 0 or (zero and value == 0)) and value <= (1 if name in SHARES else 2**31)):
             limits = "from 0 to 1" if name in SHARES else "from 0" if zero else "above 0"
             raise Refusal(f"option --{method}.{name} is {value}; give a number {limits}")
+    if isinstance(chosen, Supernet) and chosen.steps <= chosen.warmup_steps:
+        raise Refusal(
+            f"--{method}.steps is {chosen.steps}, and theta moves after {chosen.warmup_steps} steps alone: all bits would be "
+            f"as likely; give more, or fewer --{method}.warmup_steps"
+        )
     return chosen
 
 

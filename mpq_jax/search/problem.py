@@ -130,9 +130,9 @@ def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None
     """
     with np.errstate(over="ignore"):
         table = combined(importance, alpha)
-    # 1e280: products with a solver's scales and multipliers stay finite too.
-    if not np.abs(table).max(initial=0.0) < 1e280:
-        raise Refusal("the importance holds numbers of 1e280 or more; divide the whole table by a constant")
+    # 1e140: squares, and products with a solver's scales and multipliers, stay finite too.
+    if not np.abs(table).max(initial=0.0) < 1e140:
+        raise Refusal("the importance holds numbers of 1e140 or more; divide the whole table by a constant")
     searched = [layer for layer in importance.layers if layer.searched]
     allowed = allowed_pairs(importance)
     check_largest(importance, budgets, allowed)
@@ -181,8 +181,8 @@ def _with_terms(problem: Problem, interactions: Sequence[Interaction]) -> Proble
     terms: dict[tuple[int, str, int, str], np.ndarray] = {}
     for each in interactions:
         (a, kind_a), (b, kind_b) = (row_of[each.a[0]], each.a[1]), (row_of[each.b[0]], each.b[1])
-        if not np.abs(each.table).max() < 1e280:
-            raise Refusal("the interactions hold numbers of 1e280 or more; divide the whole table by a constant")
+        if not np.abs(each.table).max() < 1e140:
+            raise Refusal("the interactions hold numbers of 1e140 or more; divide the whole table by a constant")
         if a == b:
             value[a] += each.table[level[kind_a], level[kind_b]]
         else:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
@@ -233,14 +234,38 @@ PAPER_FINETUNE = Finetune(
 )
 
 
+# Numbers that 0 is no sense of, and shares that 1 is none of; all others are 0 or more.
+_FROM_ONE = re.compile(
+    r".*batch_size|.*\.accumulate|joint\.window|checkpoint_every|log_every|statistics_batches"
+    r"|criteria\.(samples|hessian_samples|max_draws)"
+)
+_BELOW_ONE = re.compile(r".*\.(average|momentum|label_smoothing)")
+_ANY = ("parallel.process",)  # -1: JAX finds it
+
+
+def check(config: Config) -> Config:
+    """The config itself. Raises Refusal for a number that no setting of that name can be, before anything is run."""
+    for key, (kind, value) in options(config).items():
+        if kind not in (int, float) or key in _ANY:
+            continue
+        if not math.isfinite(value) or value < 0:
+            raise Refusal(f"{key} is {value}; give a number of 0 or more")
+        if _FROM_ONE.fullmatch(key) and value < 1:
+            raise Refusal(f"{key} is {value}; give a whole number of 1 or more")
+        if _BELOW_ONE.fullmatch(key) and value >= 1:
+            raise Refusal(f"{key} is {value}; give a number from 0 up to, not including, 1")
+    return config
+
+
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """The `config` that a config file defines, with command-line overrides (["--joint.steps", "100"]).
 
     path: a file, or the name of one that comes with the package, such as `digits`; None: a config of defaults.
-    Raises Refusal for a file that is missing or defines none, and for unknown or ill-typed overrides.
+    Raises Refusal for a file that is missing or defines none, for unknown or ill-typed overrides, and for numbers that no
+    such setting can be.
     """
     if path is None:
-        return override(Config(), overrides)
+        return check(override(Config(), overrides))
     path = find(path)
     try:
         config = runpy.run_path(str(path)).get("config")
@@ -248,7 +273,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         raise Refusal(f"config {path} cannot be run: {type(error).__name__}: {error}") from None
     if not isinstance(config, Config):
         raise Refusal(f"config {path} must define `config = Config(...)` (from mpq_jax.config import Config)")
-    return override(config, overrides)
+    return check(override(config, overrides))
 
 
 def find(path: str | Path) -> Path:

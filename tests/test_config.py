@@ -62,6 +62,33 @@ def test_refused_overrides(arguments, words):
         config_lib.override(config_lib.Config(), arguments)
 
 
+NUMBERS = [
+    *(("checkpoint_every", "0"), ("log_every", "0"), ("joint.accumulate", "0"), ("finetune.accumulate", "0")),
+    *(("joint.window", "0"), ("statistics_batches", "0"), ("joint.steps", "-3"), ("joint.average", "2")),
+    *(("joint.batch_size", "0"), ("eval_batch_size", "-1"), ("pretrain.learning_rate", "nan"), ("seed", "-1")),
+    *(
+        ("finetune.label_smoothing", "1"),
+        ("criteria.samples", "0"),
+        ("joint.epochs", "inf"),
+        ("pretrain.momentum", "1"),
+    ),
+]
+
+
+@pytest.mark.parametrize("name, value", NUMBERS)
+def test_numbers_that_no_setting_can_be(name, value):
+    with pytest.raises(Refusal, match=f"^{name} is .*; give a (whole )?number"):
+        config_lib.load("digits", [f"--{name}", value])
+
+
+def test_numbers_at_their_limits():
+    config_lib.load(
+        "digits", ["--parallel.process", "-1", "--joint.momentum", "0", "--pretrain.steps", "0", "--seed", "0"]
+    )
+    for name in ("digits", "fashion_mnist_resnet8", "imagenet_resnet50"):
+        config_lib.load(name)
+
+
 @pytest.mark.parametrize("text, words", [("config = 3", "must define"), ("1 / 0", "ZeroDivisionError")])
 def test_refused_files(tmp_path, text, words):
     path = tmp_path / "c.py"

@@ -35,10 +35,19 @@ class Task(NamedTuple):
 
 
 def logits_of(outputs: Any) -> Any:
-    """[..., classes] of a model's outputs: themselves, the first of several, or "logits" of a dict."""
-    if isinstance(outputs, Mapping):
-        return outputs["logits"]
-    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+    """[..., classes] of a model's outputs: themselves, the first of several, or "logits" of a dict.
+
+    Raises Refusal for outputs that have none, such as a dict without "logits".
+    """
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
+    found = found[0] if isinstance(found, (tuple, list)) and found else found
+    if not hasattr(found, "shape"):
+        what = f"a dict of {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise Refusal(
+            f"the model gives {what}, which has no logits: distillation and the criterion sampled compare logits; set "
+            '--joint.distill and --finetune.distill to 0, take another criterion, or name an output "logits"'
+        )
+    return found
 
 
 def classification(

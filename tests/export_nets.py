@@ -64,6 +64,18 @@ class Tied(nn.Module):
         return embed.attend(nn.relu(nn.Dense(8, name="dense")(embed(tokens).mean(1))))
 
 
+class Turned(nn.Module):
+    """A kernel that is used twice, then turned round, and a recurrent cell, whose first step has a state of zeros."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = x.mean(1).reshape(x.shape[0], 12)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (12, 12))
+        x = nn.relu(nn.relu(x @ kernel) @ kernel.T)
+        x = nn.RNN(nn.SimpleCell(4), name="cell")(x.reshape(x.shape[0], 3, 4))
+        return nn.Dense(3, name="head")(x[:, -1])
+
+
 class Nnx(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
@@ -112,11 +124,11 @@ def uneven(variables: Any, seed: int = 2) -> Any:
 
 @functools.cache
 def case(net: str = "net", quantizer: str = "lsq", by_channel: bool = False, seed: int = 0, **options: Any) -> Case:
-    """net: "net", "stack", "tied" or "nnx". by_channel: weight bits per output channel where a layer can have them."""
+    """net: "net", "stack", "tied", "turned" or "nnx". by_channel: weight bits per output channel where a layer can have them."""
     images: np.ndarray = IMAGES
     if net == "tied":
         images = np.random.default_rng(0).integers(0, 7, (12, 5)).astype(np.int32)
-    module: Any = {"net": Net, "stack": Stack, "tied": Tied}.get(net, lambda: Nnx(nnx.Rngs(0)))()
+    module: Any = {"net": Net, "stack": Stack, "tied": Tied, "turned": Turned}.get(net, lambda: Nnx(nnx.Rngs(0)))()
     kwargs = {} if net == "nnx" else {"train": False}
     chosen = QUANTIZERS[quantizer]
     # LQ-Nets' levels are worked out one by one: eight bits of them take seconds.

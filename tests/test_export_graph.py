@@ -16,6 +16,7 @@ CASES = [
     ("net", "lsq", True),
     ("stack", "lsq", False),
     ("tied", "lsq", False),
+    ("turned", "lsq", False),
     ("nnx", "lsq", False),
 ]
 CASES += [("net", "channels", False)]

@@ -218,7 +218,13 @@ def of_channels(model):
 
 @pytest.mark.parametrize(
     "net, quantizer, by_channel",
-    [("net", "channels", True), ("nnx", "pact", False), ("net", "pact", True), ("nnx", "qil", False)],
+    [
+        ("turned", "lsq", False),
+        ("net", "channels", True),
+        ("nnx", "pact", False),
+        ("net", "pact", True),
+        ("nnx", "qil", False),
+    ],
 )
 def test_quantizers(net, quantizer, by_channel):
     model, variables, policy, x, kwargs = export_nets.case(net, quantizer)

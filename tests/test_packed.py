@@ -21,6 +21,7 @@ CASES = {
     "channels": ("net", "channels", False),
     "stack": ("stack", "lsq", False),
     "tied": ("tied", "lsq", False),
+    "turned": ("turned", "lsq", False),
     "nnx": ("nnx", "lsq", False),
     "pact": ("nnx", "pact", False),
     "lq_nets": ("nnx", "lq_nets", False),

@@ -26,6 +26,13 @@ def test_padding_and_smoothing():
     assert int(count) == 4 and int(right) == (logits[:4].argmax(-1) == labels[:4]).sum()
 
 
+@pytest.mark.parametrize("outputs", [{"box": np.zeros(3), "score": np.zeros(1)}, (), None, ((np.zeros(3),), 1)])
+def test_outputs_without_logits_are_named(outputs):
+    with pytest.raises(Refusal, match=r"box, score|tuple|NoneType") as refused:
+        tasks.logits_of(outputs)
+    assert "distill" in str(refused.value) and "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, None), lambda x: {"logits": x, "extra": 0}])
 def test_logits_of_whatever_a_model_returns(wrap):
     """Losses and answers are those of the logits alone; padding that fills a batch is a loss of 0 of 0 examples."""

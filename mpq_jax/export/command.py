@@ -183,7 +183,7 @@ def check_file(path: Path, run: stages.Run, variables: Any, policy: Any, limit: 
         return
     file, shapes, kwargs = packed.load(path), _shapes(run), run.task().eval_kwargs
     structure = _outputs(run)
-    answer = logits_of(jax.tree.unflatten(structure, range(structure.num_leaves)))
+    answer = _answer(structure)
 
     @functools.cache
     def from_file(count: int) -> Graph:
@@ -227,6 +227,15 @@ def _outputs(run: stages.Run) -> Any:
     return jax.tree.structure(
         jax.eval_shape(lambda v, x: run.model.apply(v, None, *x, **kwargs), run.variables, run.example())
     )
+
+
+def _answer(structure: Any) -> int:
+    """Which of a graph's outputs is the model's answer: its logits, else the first there is."""
+    places = jax.tree.unflatten(structure, [np.asarray(i) for i in range(structure.num_leaves)])
+    try:
+        return int(logits_of(places))
+    except Refusal:
+        return 0
 
 
 # ---- measuring a file ---------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ The model is traced once. Whatever depends on its variables alone is computed; c
 out; each product of data with a parameter becomes one node that holds the codes of its weight and the grid of its input.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -159,6 +160,20 @@ def _used(nodes: Sequence[Node], outputs: Iterable[Value | Constant]) -> list[No
     return kept[::-1]
 
 
+@contextlib.contextmanager
+def of_any_batch() -> Iterator[None]:
+    """Around the trace of a model with a batch of no known size. Raises Refusal where the model needs it as a number."""
+    try:
+        yield
+    except TypeError as error:
+        if "_DimExpr" not in str(error):
+            raise
+        raise Refusal(
+            "the model asks how long its batch is as a number, which a file for any batch does not know; write x.shape[0] in "
+            "place of len(x) and int(x.shape[0])"
+        ) from None
+
+
 class _Builder:
     """One walk over the traced model. `at`: the position in each surrounding loop, outermost first."""
 
@@ -244,7 +259,7 @@ class _Builder:
         spec = self.model.specs[call.leaf]
         index = tuple(at[depth] for depth in call.stack)
         path = spec.paths[int(np.ravel_multi_index(index, spec.stack)) if spec.stack else 0]
-        if not isinstance(weight, Constant) or isinstance(data, Constant):
+        if not isinstance(weight, Constant):
             raise Refusal(f"the weight of layer {path!r} depends on the model's input; leave it in float with a rule")
         operand = np.asarray(weight.full())
         left = spec.in_float[spec.paths.index(path)]

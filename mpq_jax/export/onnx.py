@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpq_jax.export.graph import Graph, graph
+from mpq_jax.export.graph import Graph, graph, of_any_batch
 from mpq_jax.export.onnx_compare import Comparison, Run, compare
 from mpq_jax.export.onnx_grids import QONNX, QUANT, STANDARD, codes_record
 from mpq_jax.export.onnx_ops import write
 from mpq_jax.export.onnx_products import Form, write_product
 from mpq_jax.export.onnx_writer import BATCH, CODES, Writer, helper, onnx
 from mpq_jax.files import whole
-from mpq_jax.interpret import CONTRACTIONS
+from mpq_jax.origins import CONTRACTIONS
 from mpq_jax.types import Policy, QuantizedModel, Refusal
 
 OPSET = 21  # the first with 4-bit and 16-bit QuantizeLinear
@@ -86,7 +86,8 @@ def _written(
     kwargs: Any,
 ) -> tuple[Writer, Graph]:
     image = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
-    graph_ = graph(model, variables, policy, image, **kwargs)
+    with of_any_batch():
+        graph_ = graph(model, variables, policy, image, **kwargs)
     w = Writer(opset)
     for value in graph_.inputs:
         w.put(value, w.names.fresh("images"))

@@ -53,7 +53,10 @@ def write_product(w: Writer, node: Node, form: Form) -> None:
             )
         return
     (x,) = node.inputs
-    assert isinstance(x, Value)
+    if isinstance(x, Constant):  # the zeros that a recurrent cell starts from
+        held = Value(-node.outputs[0].number, tuple(x.shape), x.value.dtype)
+        w.put(held, w.full(x))
+        x = held
 
     def onto_grid(name: str, order: Sequence[int]) -> str:
         # Last of all before the product: runtimes look for the pair of nodes right there.

@@ -8,8 +8,9 @@ Metadata: "format", "version", "config" (JSON of the run), "quantizer", "layers"
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from mpq_jax.types import Bits, Decoding, QuantizedModel, Refusal
 FORMAT, VERSION = "mpq-packed", "1"
 MADE_BY = "python -m mpq_jax.export --workdir …"
 LARGEST_HEADER = 64 * 1024
+MOST_AXES = 5  # of a weight whose axes are looked for in another order
 
 
 class Line(NamedTuple):
@@ -72,10 +74,17 @@ def save(path: str | Path, network: Graph, quantizer: str, variables: Any, confi
     """
     tensors: dict[str, np.ndarray] = {}
     layers: list[dict[str, Any]] = []
+    first: dict[str, Product] = {}
     for node in network.products:
         assert node.product is not None
         if not any(entry["path"] == node.product.path for entry in layers):
             layers.append(_entry(node.product, tensors))
+            first[node.product.path] = node.product
+        elif not _is_same(first[node.product.path], node.product):
+            raise Refusal(
+                f"layer {node.product.path!r} is used in ways that no order of its axes relates; leave it in float with "
+                "a rule, or export --formats stablehlo"
+            )
         elif node.product.affine is not None:
             raise Refusal(
                 f"layer {node.product.path!r} runs more than once, each time with other things folded in; "
@@ -145,6 +154,45 @@ def _entry(product: Product, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
         keep("multiplier", product.affine[0])
         keep("shift", product.affine[1])
     return entry
+
+
+def _is_same(stored: Product, later: Product) -> bool:
+    """Whether what a later call multiplies with is what a reader will make of the stored codes."""
+    one, other = (x.operand if x.weight is None else x.weight for x in (stored, later))
+    # Only of a weight that is the parameter itself does the reader see what the later call does with it.
+    if stored.whole:
+        order = _order(stored.operand, later.operand)
+    else:
+        order = range(stored.operand.ndim) if stored.operand.shape == later.operand.shape else None
+    if order is None:
+        return False
+    found = [np.asarray(x) for x in jax.tree.leaves(_in_order(one, order))]
+    wanted = [np.asarray(x) for x in jax.tree.leaves(other)]
+    return len(found) == len(wanted) and all(map(np.array_equal, found, wanted))
+
+
+def _order(stored: np.ndarray, wanted: np.ndarray) -> Sequence[int] | None:
+    """The order of a stored array's axes that makes it the wanted one; None where there is none."""
+    orders = itertools.permutations(range(stored.ndim)) if stored.ndim <= MOST_AXES else [tuple(range(stored.ndim))]
+    same = (order for order in orders if np.array_equal(np.transpose(stored, order), wanted))
+    return next(same, None)
+
+
+def _in_order(weight: Weight | np.ndarray, order: Sequence[int]) -> Weight | np.ndarray:
+    """A weight with its axes in another order, and its decoding with it."""
+    order = tuple(order)
+    if not isinstance(weight, Weight):
+        return np.transpose(weight, order)
+    ndim = len(order)
+
+    def moved(x: Any, ahead: int) -> Any:
+        """A decoding's array that has the weight's axes, behind `ahead` of its own."""
+        if x is None or np.ndim(x) != ndim + ahead:
+            return x
+        return np.transpose(x, (*range(ahead), *(i + ahead for i in order)))
+
+    scale, offset, table = weight.decoding
+    return Weight(np.transpose(weight.codes, order), Decoding(moved(scale, 0), moved(offset, 0), moved(table, 1)))
 
 
 def _needed(network: Graph) -> set[str]:
@@ -335,7 +383,19 @@ def network(file: File, model: QuantizedModel, shapes: Any, *inputs: Any, **kwar
     """The graph of a packed file, for `replay.run`; folded where the file is. inputs: as `graph.graph` takes them."""
     variables, policy = restore(file, model, shapes)
     folded = any(entry.get("folded") for entry in file.layers.values())
-    made = graph(model, variables, policy, *inputs, packed=lambda path, _: file.weight_or_values(path), **kwargs)
+
+    def weight(path: str, operand: np.ndarray) -> Weight | np.ndarray:
+        """What a call multiplies with: the file's weight, with its axes in the order that this call has them in."""
+        found = file.weight_or_values(path)
+        entry = file.layers[path]
+        if entry["layout"] != "leaf":
+            return found
+        # A parameter that something else reads as well is there as it was.
+        leaf = file.tensors.get(f"params/{entry['leaf']}")
+        order = _order(values(file, path) if leaf is None else leaf[tuple(entry["position"])], operand)
+        return found if order is None else _in_order(found, order)
+
+    made = graph(model, variables, policy, *inputs, packed=weight, **kwargs)
     if not folded:
         return made
     nodes = []

@@ -15,6 +15,7 @@ from jax import export
 from jax.interpreters import partial_eval
 
 from mpq_jax.export.coded import Coded, coded, from_codes
+from mpq_jax.export.graph import of_any_batch
 from mpq_jax.files import whole
 from mpq_jax.types import Policy, QuantizedModel, Refusal
 
@@ -50,7 +51,10 @@ def stablehlo(
     )
     size = export.symbolic_shape("batch")[0] if batch is None else batch
     try:
-        return export.export(jax.jit(program), platforms=platforms)(jax.ShapeDtypeStruct((size, *sample_shape), dtype))
+        with of_any_batch():
+            return export.export(jax.jit(program), platforms=platforms)(
+                jax.ShapeDtypeStruct((size, *sample_shape), dtype)
+            )
     except jax.core.InconclusiveDimensionOperation as error:
         raise Refusal(
             f"the model cannot be traced for every batch size at once ({str(error).splitlines()[0]}); give one, e.g. batch=64"

@@ -10,7 +10,7 @@ from mpq_jax import build, data, evaluation, logs, parallel, processes
 from mpq_jax.config import Config, Finetune, Joint, Pretrain
 from mpq_jax.fewer_widths import trained_on
 from mpq_jax.float_model import FloatModel
-from mpq_jax.tasks import Task, task_of
+from mpq_jax.tasks import Task, logits_of, task_of
 from mpq_jax.types import QuantizedModel, Refusal
 
 LEAST_SLICE = 10  # samples: with so many the step sizes are those of whole batches (docs/results.md)
@@ -58,6 +58,9 @@ def open_run(config: Config, workdir: Path) -> Run:
     sliced(config.joint, len(row_names(model, config.joint)))  # refuses now what joint training would refuse later
     variables = build.float_variables(config, source, model, dataset.features)
     task = task_of(source)
+    if config.joint.distill or config.finetune.distill:  # refuses now what has none
+        example = build.example(source, dataset.features)
+        logits_of(jax.eval_shape(lambda v, x: model.apply(v, None, *x, **task.eval_kwargs), variables, example))
     return Run(
         config,
         workdir,

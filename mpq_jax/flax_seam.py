@@ -37,13 +37,17 @@ def seam(model: Any) -> Seam:
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dict -> {"a/b/c": leaf}."""
-    return dict(traverse_util.flatten_dict(dict(tree), sep="/"))
+    """Nested dict -> {"a/b/c": leaf}. A "/" inside of a name (flax.linen.WeightNorm has them) is written "~1", "~" "~0"."""
+    flat = traverse_util.flatten_dict(dict(tree))
+    return {"/".join(part.replace("~", "~0").replace("/", "~1") for part in path): leaf for path, leaf in flat.items()}
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b/c": leaf} -> nested dict."""
-    return traverse_util.unflatten_dict(dict(flat), sep="/")
+    """{"a/b/c": leaf} -> nested dict; the inverse of `flatten`."""
+    split = {
+        tuple(part.replace("~1", "/").replace("~0", "~") for part in path.split("/")): x for path, x in flat.items()
+    }
+    return traverse_util.unflatten_dict(split)
 
 
 def mutable_collections(variables: Variables) -> list[str]:
@@ -84,6 +88,8 @@ def _nnx(model: nnx.Module) -> Seam:
     def gather(state: Any) -> Variables:
         collections: dict[str, dict[str, Any]] = {}
         for path, variable in nnx.to_flat_state(state):
+            if path not in places:
+                continue  # sown by the call
             collection, name = places[path]
             collections.setdefault(collection, {})[name] = variable.get_value()
         return {name: unflatten(flat) for name, flat in collections.items()}

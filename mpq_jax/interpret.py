@@ -16,11 +16,11 @@ from jax.extend import core
 
 from mpq_jax import ops
 from mpq_jax.jaxprs import PLAIN, REMATS, bind, called, contains, inner_jaxprs, loop, outputs_of
-from mpq_jax.origins import Origin, constant, propagate
+from mpq_jax.origins import CONTRACTIONS, Origin, constant, propagate
 
-CONTRACTIONS = ("dot_general", "conv_general_dilated")
 # Products that no quantizer here can take apart; with a parameter in them they count as not reached.
 OTHER_CONTRACTIONS = ("ragged_dot_general", "ragged_dot")
+WITH_OTHERS = "whose weight is computed from other variables, too (a mask, a norm's statistics),"
 
 
 class Call(NamedTuple):
@@ -85,7 +85,7 @@ def interpret(
 ) -> tuple[list[Any], Taps, Trace]:
     """Evaluates a jaxpr, with `handler` in place of every product of data with a parameter.
 
-    arguments: flat arguments. leaves: for each, the parameter's path, or None for data.
+    arguments: flat arguments. leaves: for each, the parameter's path, "" for another variable, or None for an input.
     values: parameter path -> pytree given to the handler with that layer; under a scan that slices the parameter, its
     arrays have the scan's length as their leading axis and are sliced alike. (path, call number) -> pytree for that
     one call, in place of the parameter's: its arrays lead with the lengths of all scans around the call, as taps do.
@@ -93,7 +93,9 @@ def interpret(
     """
     walk = _Walk(handler, {leaf: int(np.size(a)) for leaf, a in zip(leaves, arguments, strict=True) if leaf})
     origins = [
-        Origin((leaf,), False, walk.fresh(), False) if leaf else Origin((), True, walk.fresh(), False)
+        Origin((leaf,), False, walk.fresh(), False)
+        if leaf
+        else Origin((), True, walk.fresh(), False, given=leaf is None)
         for leaf in leaves
     ]
     constants = [constant(walk.fresh, c) for c in closed.consts]
@@ -155,12 +157,18 @@ def _contraction(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], v
     lhs, rhs = origins
     macs = contraction_macs(eqn.primitive.name, eqn.params, *(v.aval for v in (*eqn.invars, *eqn.outvars)))
     out_origin = propagate(walk.fresh, eqn, origins)
-    if lhs.is_weight == rhs.is_weight or not (lhs.data or rhs.data):
+    weights = [_is_weight(eqn, side, origin) for side, origin in enumerate(origins)]
+    if weights[0] == weights[1] or not (lhs.data or rhs.data):
         # Two activations, or two parameters: the latter's result is a weight itself, seen where it meets data.
-        if lhs.data and rhs.data:
+        if (lhs.data or lhs.leaves) and (rhs.data or rhs.leaves) and (lhs.data or rhs.data):
             walk.trace.products.append((_where(eqn), macs * math.prod(walk.scans)))
+            for one, other, v in ((lhs, rhs, eqn.invars[0]), (rhs, lhs, eqn.invars[1])):
+                # A parameter as large as the operand is its weight; a smaller one, such as a bias, is beside it.
+                large = [leaf for leaf in one.mixed if other.given and walk.sizes[leaf] >= v.aval.size]
+                if large:
+                    walk.trace.unreached.append((_where(eqn), f"{eqn.primitive.name} {WITH_OTHERS}", one.mixed))
         return bind(eqn, ins), out_origin, {}
-    side = 0 if lhs.is_weight else 1
+    side = 0 if weights[0] else 1
     weight, activation = origins[side], origins[1 - side]
     leaf = max(weight.leaves, key=lambda path: walk.sizes[path])
     number = walk.calls.get(leaf, 0)
@@ -180,6 +188,13 @@ def _contraction(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], v
     )
     out, tap = walk.handler(call, ins[0], ins[1], values.get((leaf, number), values.get(leaf)))
     return [out], out_origin, ({} if tap is None else {(leaf, number): tap})
+
+
+def _is_weight(eqn: Any, side: int, origin: Origin) -> bool:
+    """Whether an operand is a layer's weight. A product of parameters that shares an axis with the data is none: so do the
+    queries of attention that are learned, one set for all samples, of which each sample gets its copy."""
+    shared = eqn.primitive.name == "dot_general" and eqn.params["dimension_numbers"][1][side]
+    return origin.is_weight and not (origin.product and shared)
 
 
 def contraction_macs(name: str, params: dict[str, Any], lhs: Any, rhs: Any, out: Any) -> int:
@@ -268,7 +283,7 @@ def _origins_inside(walk: _Walk, eqn: Any, origins: list[Origin]) -> tuple[list[
     body, consts, carry, xs, _, _ = loop(eqn, [o._replace(tensor=walk.fresh()) for o in origins])
     # What a step hands to the next stays what it was only if the step returns it untouched.
     returned = zip(body.jaxpr.outvars, body.jaxpr.invars[len(consts) :], carry, strict=False)
-    carry = [o if out is given else Origin((), True, walk.fresh(), False) for out, given, o in returned]
+    carry = [o if out is given else Origin((), True, walk.fresh(), False, given=True) for out, given, o in returned]
     leaves = {leaf for o in xs for leaf in o.leaves}
     xs = [o._replace(stack=(*o.stack, len(walk.scans))) if o.leaves else o for o in xs]
     return [*consts, *carry, *xs], leaves

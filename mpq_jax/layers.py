@@ -118,8 +118,8 @@ def interpreted(
         collection: (flax_seam.unflatten({p: p for p in flax_seam.flatten(tree)}) if collection == "params" else tree)
         for collection, tree in variables.items()
     }
-    leaves = [leaf if isinstance(leaf, str) else None for leaf in jax.tree.leaves(marked)]
-    leaves += [None] * (len(arrays) - len(leaves))
+    own = [leaf if isinstance(leaf, str) else "" for leaf in jax.tree.leaves(marked)]
+    leaves = [*own, *[None] * (len(arrays) - len(own))]
     flat, taps, trace = interpret(jaxpr, arrays, leaves, values, handler)
     outputs, updates = jax.tree.unflatten(jax.tree.structure(shape), flat)
     return outputs, updates, taps, trace

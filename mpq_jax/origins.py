@@ -8,16 +8,21 @@ import numpy as np
 from mpq_jax.jaxprs import called, outputs_of
 
 Fresh = Callable[[], int]  # a new tensor number
+CONTRACTIONS = ("dot_general", "conv_general_dilated")
 
 
 class Origin(NamedTuple):
     """Where a value comes from.
 
     leaves: paths of the parameters it was computed from, if from nothing but parameters and constants; else ().
-    data: whether an input of the model took part.
+    data: whether an input of the model took part, or a variable that is no parameter.
     tensor: a number that stays the same through reshapes, transposes and casts.
     nonnegative: whether it is known to be >= 0 whatever the input.
     stack: which of the surrounding scans slice these leaves (0 is the outermost).
+    product: whether a product of parameters took part.
+    given: whether an input took part.
+    mixed: paths of the parameters it was computed from together with other variables (masks, statistics), if no input
+        took part; a product is no weight any more.
     """
 
     leaves: tuple[str, ...]
@@ -25,6 +30,9 @@ class Origin(NamedTuple):
     tensor: int
     nonnegative: bool
     stack: tuple[int, ...] = ()
+    product: bool = False
+    given: bool = False
+    mixed: tuple[str, ...] = ()
 
     @property
     def is_weight(self) -> bool:
@@ -93,11 +101,19 @@ def propagate(fresh: Fresh, eqn: Any, origins: list[Origin]) -> list[Origin]:
     weights = [] if data else [o for o in origins if o.leaves]
     leaves = tuple(dict.fromkeys(leaf for o in weights for leaf in o.leaves))
     stack = max((o.stack for o in weights), key=len, default=())
-    nonnegative = _nonnegative(name, eqn, origins)
-    return [
-        Origin(leaves, data, origins[0].tensor if name in _SAME_TENSOR and origins else fresh(), nonnegative, stack)
-        for _ in eqn.outvars
-    ]
+    given = any(o.given for o in origins)
+    every = (leaf for o in origins for leaf in (*o.leaves, *o.mixed))
+    found = Origin(
+        leaves,
+        data,
+        origins[0].tensor if name in _SAME_TENSOR and origins else -1,
+        _nonnegative(name, eqn, origins),
+        stack,
+        product=bool(leaves) and (name in CONTRACTIONS or any(o.product for o in weights)),
+        given=given,
+        mixed=tuple(dict.fromkeys(every)) if data and not given and name not in CONTRACTIONS else (),
+    )
+    return [found._replace(tensor=fresh()) if found.tensor < 0 else found for _ in eqn.outvars]
 
 
 def _nonnegative(name: str, eqn: Any, origins: list[Origin]) -> bool:

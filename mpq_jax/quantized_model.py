@@ -278,7 +278,9 @@ def _quantizing(
         if exact and all(each.in_float is None for each in operands.values()):
             encoded = (operands["weight"].encoded(), operands["activation"].encoded())
             at = (call.primitive, call.params, call.weight_side, call.channel_axes)
-            return product_of_codes(*at, *encoded, spec.paths[0]), None
+            # As the product itself would give it, of a model that computes in bfloat16 too.
+            dtype = jax.eval_shape(product, lhs, rhs).dtype
+            return product_of_codes(*at, *encoded, spec.paths[0]).astype(dtype), None
         together = "error" in terms and not recompute
         tap = {term: tapped(term, operands, value) for term in terms if not (together and term == "error")}
         if together:

@@ -83,6 +83,22 @@ def test_nnx_is_the_module_s_own_call():
             seam.run(seam.variables, (X,), {}, False, rngs)
 
 
+class Sows(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(3, momentum=0.5, rngs=rngs)
+
+    def __call__(self, x):
+        self.sow(nnx.Intermediate, "seen", x)
+        return self.norm(x)
+
+
+def test_what_an_nnx_call_sows_is_not_a_variable_of_the_model():
+    seam, twin = flax_seam.seam(Sows(nnx.Rngs(0))), nnx.BatchNorm(3, momentum=0.5, rngs=nnx.Rngs(0))
+    out, updates = seam.run(seam.variables, (X,), {"train": True}, ["batch_stats"], None)
+    same(out, twin(X))
+    same(updates["batch_stats"]["norm"]["mean"], twin.mean.get_value())
+
+
 def test_other_parameters_are_used_and_not_the_module_s_own():
     seam = flax_seam.seam(Nnx(nnx.Rngs(0)))
     doubled = {**seam.variables, "params": jax.tree.map(lambda p: 2 * p, seam.variables["params"])}
@@ -108,6 +124,8 @@ def test_trees_there_and_back():
     tree = {"a": {"b": {"c": 1}, "d": 2}, "e": 3}
     flat = flax_seam.flatten(tree)
     assert flat == {"a/b/c": 1, "a/d": 2, "e": 3} and flax_seam.unflatten(flat) == tree
+    odd = {"norm": {"dense/kernel/scale": 1, "a~1b~": 2, "a": {"b": 3}}}  # as flax.linen.WeightNorm names its scales
+    assert len(flax_seam.flatten(odd)) == 3 and flax_seam.unflatten(flax_seam.flatten(odd)) == odd
 
 
 def test_arrays_are_told_from_other_arguments():

@@ -454,3 +454,60 @@ def test_per_channel_weights():
     )
     np.testing.assert_allclose(steps[0], expected / 2, rtol=1e-5)
     assert np.isfinite(applied(quantized, calibrated, full_policy(quantized, 2, 2), IMAGES, train=False)).all()
+
+
+class Normed(nn.Module):
+    """Parameters whose own names have slashes, and a compute type that the codes' float32 sums are not of."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.WeightNorm(nn.Dense(8, dtype=jnp.bfloat16))(x.mean((1, 2))))
+        return nn.Dense(3, dtype=jnp.bfloat16)(x)
+
+
+def test_names_with_slashes_and_exact_products_in_bfloat16():
+    model = Normed()
+    quantized = quantize(model, IMAGES, ends=None)
+    variables = fitted(quantized, started(model, IMAGES), IMAGES)
+    assert "Dense_0/kernel/scale" in variables["params"]["WeightNorm_0"]
+    policy = full_policy(quantized)
+    exact, ordinary = (applied(quantized, variables, policy, IMAGES, exact=exact) for exact in (True, False))
+    assert exact.dtype == ordinary.dtype == jnp.bfloat16 and len(quantized.layers) == 2
+    np.testing.assert_allclose(exact.astype(np.float32), ordinary.astype(np.float32), rtol=0.05, atol=0.05)
+
+
+class Pooled(nn.Module):
+    """Attention whose one query is learned: each sample gets a copy of it."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8, name="first")(x.reshape(x.shape[0], 36, -1))
+        probe = self.param("probe", nn.initializers.normal(1.0), (1, 1, 8))
+        x = nn.MultiHeadDotProductAttention(2, name="pool")(jnp.tile(probe, (x.shape[0], 1, 1)), x)
+        return nn.Dense(3, name="head")(x[:, 0])
+
+
+def test_a_learned_query_is_no_weight():
+    found = [quantize(Pooled(), jax.ShapeDtypeStruct((count, 6, 6, 2), jnp.float32)) for count in (1, 4)]
+    assert found[0].layers == found[1].layers
+    assert [layer.path for layer in found[0].layers] == ["first", "pool/key", "pool/value", "pool/out", "head"]
+    assert [macs for _, macs in found[0].products] == [36 * 8, 36 * 8]
+
+
+class Masked(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(5, name="plain")(x.mean((1, 2))))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (5, 4))
+        memory = self.variable("masks", "memory", jnp.ones, (7, 4)).value
+        mask = self.variable("masks", "mask", jnp.ones, (5, 4)).value
+        # Keys of a memory that is no input are activations all the same.
+        keys = nn.Dense(4, name="keys")(memory)
+        return (x @ (kernel * mask)) @ keys.T
+
+
+def test_a_weight_of_parameters_and_other_variables_is_named():
+    with pytest.raises(Refusal, match=r"'kernel'.*other variables.*leave it in float"):
+        quantize(Masked(), IMAGES)
+    quantized = quantize(Masked(), IMAGES, rules=[("^kernel$", "float")], ends=None)
+    assert [layer.path for layer in quantized.layers] == ["plain", "keys"]

@@ -235,9 +235,9 @@ PAPER_FINETUNE = Finetune(
 
 
 # Numbers that 0 is no sense of, and shares that 1 is none of; all others are 0 or more.
+# Of criteria's settings, those that are used are checked where they are.
 _FROM_ONE = re.compile(
-    r".*batch_size|.*\.accumulate|joint\.window|checkpoint_every|log_every|statistics_batches"
-    r"|criteria\.(samples|hessian_samples|max_draws)"
+    r"(?!criteria).*batch_size|.*\.accumulate|joint\.window|checkpoint_every|log_every|statistics_batches"
 )
 _BELOW_ONE = re.compile(r".*\.(average|momentum|label_smoothing)")
 _ANY = ("parallel.process",)  # -1: JAX finds it

@@ -44,10 +44,12 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{"a/b/c": leaf} -> nested dict; the inverse of `flatten`."""
-    split = {
-        tuple(part.replace("~1", "/").replace("~0", "~") for part in path.split("/")): x for path, x in flat.items()
-    }
-    return traverse_util.unflatten_dict(split)
+    return traverse_util.unflatten_dict({tuple(map(plain, path.split("/"))): x for path, x in flat.items()})
+
+
+def plain(path: str) -> str:
+    """A path of `flatten` with the slashes in its names as they are, as others write it."""
+    return path.replace("~1", "/").replace("~0", "~")
 
 
 def mutable_collections(variables: Variables) -> list[str]:

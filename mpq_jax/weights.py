@@ -52,7 +52,7 @@ def load(path: str | Path, variables: Mapping[str, Any]) -> dict[str, Any]:
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     """{"params/conv1/kernel": array}; the "value" that NNX states have below each path left out."""
-    return {key.removesuffix("/value"): value for key, value in flax_seam.flatten(tree).items()}
+    return {flax_seam.plain(key).removesuffix("/value"): value for key, value in flax_seam.flatten(tree).items()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -90,10 +90,11 @@ def _filled(given: Mapping[str, Any], variables: Mapping[str, Any], where: str) 
             taken |= {f"{name}/{path}" for path in leaves} | set(leaves)
             continue
         for path, leaf in leaves.items():
-            key = next((k for k in (f"{name}/{path}", *(() if whole else (path,))) if k in given), None)
+            own = flax_seam.plain(path)
+            key = next((k for k in (f"{name}/{own}", *(() if whole else (own,))) if k in given), None)
             if key is None:
-                near = min(given, default="nothing", key=lambda k: (k.rpartition("/")[2] != path.rpartition("/")[2], k))
-                raise Refusal(f"{where} lack {name}/{path}; they have {len(given)} arrays, such as {near}")
+                near = min(given, default="nothing", key=lambda k: (k.rpartition("/")[2] != own.rpartition("/")[2], k))
+                raise Refusal(f"{where} lack {name}/{own}; they have {len(given)} arrays, such as {near}")
             taken.add(key)
             result[name][path] = _as(given[key], leaf, f"{where}: {key}")
     left = [key for key in given if key not in taken and (not whole or key.partition("/")[0] in collections)]

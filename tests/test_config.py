@@ -68,7 +68,7 @@ NUMBERS = [
     *(("joint.batch_size", "0"), ("eval_batch_size", "-1"), ("pretrain.learning_rate", "nan"), ("seed", "-1")),
     *(
         ("finetune.label_smoothing", "1"),
-        ("criteria.samples", "0"),
+        ("finetune.batch_size", "0"),
         ("joint.epochs", "inf"),
         ("pretrain.momentum", "1"),
     ),

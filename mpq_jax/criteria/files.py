@@ -36,8 +36,8 @@ def config_of(workdir: Path, overrides: Sequence[str] = ()) -> Config:
     return config_lib.override(config, overrides)
 
 
-def _check_used(name: str, overrides: Sequence[str]) -> None:
-    """Refuses settings of other criteria, which would change nothing."""
+def _note_unused(name: str, overrides: Sequence[str]) -> None:
+    """Says which settings are other criteria's and change nothing here."""
     used = find(name).settings
     for word in overrides:
         setting = word.partition("=")[0].replace("-", "_").removeprefix("__criteria.")
@@ -47,7 +47,7 @@ def _check_used(name: str, overrides: Sequence[str]) -> None:
             and setting not in used
         ):
             has = ", ".join(f"criteria.{each}" for each in used) or "none"
-            raise Refusal(f"{name} does not use criteria.{setting}; its settings: {has}")
+            print(f"note: {name} does not use criteria.{setting}; its settings: {has}")
 
 
 def default(workdir: Path) -> str:
@@ -68,7 +68,7 @@ def ensure(workdir: Path, name: str, overrides: Sequence[str] = (), opened: Any 
     Raises Refusal for a name that does not exist, and where the run lacks what the criterion needs.
     """
     path = path_of(workdir, name)
-    _check_used(name, overrides)
+    _note_unused(name, overrides)
     config = config_of(workdir, overrides)
     check_needs(workdir, name, config)
     if name == "learned" or is_true(path, workdir, name, config):

@@ -14,6 +14,7 @@ from mpq_jax import Bits, Refusal, costs, data, joint, stages
 from mpq_jax.importance import load_importance
 from mpq_jax.policy import load_policy, stack
 from mpq_jax.search import gumbel, measure, methods, run
+from mpq_jax.stages import evaluation
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = """
@@ -124,6 +125,23 @@ def test_measured_as_the_model_is(place, opened):
     assert count == bench.dataset.sizes["validation"]
     assert line["loss"] == pytest.approx(float(loss / count), rel=1e-4)
     assert line["accuracy"] == pytest.approx(float(right / count))
+
+
+def test_statistics_after_training_are_those_that_lose_less(opened, monkeypatch):
+    """Measured anew, unless those that training left are better, on the training images."""
+    bench, variables = opened.run, opened.variables
+    table = load_importance(bench.workdir / "importance.json")
+    policies = stack([{layer.path: layer.bits or Bits(4, 4) for layer in table.layers}])
+    spoilt = {**variables, "batch_stats": jax.tree.map(lambda x: 0 * x + 50, variables["batch_stats"])}
+    found = evaluation.with_statistics(bench, spoilt, policies)
+    anew = stages.reestimated(bench, variables["params"], stages.rows_of(variables, 1), policies)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found["batch_stats"], anew["batch_stats"]
+    )
+    monkeypatch.setattr(evaluation, "reestimated", lambda *_: stages.rows_of(spoilt, 1))
+    found = evaluation.with_statistics(bench, variables, policies)
+    own = stages.rows_of(variables, 1)
+    jax.tree.map(np.testing.assert_array_equal, found["batch_stats"], own["batch_stats"])
 
 
 def test_bits_that_nothing_was_learned_of_are_no_answer(place, quick, capsys):

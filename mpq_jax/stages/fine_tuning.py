@@ -9,7 +9,7 @@ import optax
 from mpq_jax import joint, optimizers
 from mpq_jax.config import Finetune
 from mpq_jax.policy import stack
-from mpq_jax.stages.evaluation import reestimated, rows_of
+from mpq_jax.stages.evaluation import with_statistics
 from mpq_jax.stages.loop import compile_step, train
 from mpq_jax.stages.run import Run, is_linen, steps_of, train_batches
 from mpq_jax.tasks import Task, logits_of
@@ -17,7 +17,7 @@ from mpq_jax.types import Policy, QuantizedModel
 
 
 def finetuner(run: Run, teacher: Mapping[str, Any]) -> Callable[..., Mapping[str, Any]]:
-    """finetune(stage, name, policy, start) -> variables: trains one policy, with statistics re-estimated at the end.
+    """finetune(stage, name, policy, start) -> variables: trains one policy, with the better statistics at the end.
 
     All policies share one compilation (those with weight bits per output channel another). stage: part of the checkpoint's path. name: shown while it runs.
     start: variables with step sizes. teacher: the float variables, for distillation.
@@ -45,7 +45,7 @@ def finetuner(run: Run, teacher: Mapping[str, Any]) -> Callable[..., Mapping[str
         state = joint.init_state(start, optimizer, 1, average=settings.average > 0)
         state = train(run, f"finetune/{stage}", state, compiled, steps, batches, [name], fixed)
         variables = joint.row_variables(state, 0, averaged=True)
-        stats = reestimated(run, variables["params"], rows_of(variables, 1), fixed)
+        stats = with_statistics(run, variables, fixed)
         return {"params": variables["params"], **jax.tree.map(lambda x: x[0], stats)}
 
     return finetune

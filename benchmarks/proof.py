@@ -19,6 +19,7 @@ lines.jsonl, keyed by what it is of, and a second call goes on from there. Stage
   predicted  what every table says of the random policies
   accuracy   every contestant at every budget, fine-tuned alike: validation and test loss and accuracy
   longer     the same after more steps; of the uniform policies the one that was best
+  statistics the same in two orders of the batches, with statistics measured anew and with those of training
   parts      what two tables say of all those policies, weights and activations apart
 
 Nothing is chosen on the test set: it is read after a policy has been chosen, by the tables that training images made.
@@ -32,7 +33,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.proof_contest import accuracy, longer, search, sliced
+from benchmarks.proof_contest import accuracy, longer, search, sliced, statistics
 from benchmarks.proof_lines import BUDGETS, LEVELS
 from benchmarks.proof_policies import alone, random, repeats, samples, tune
 from benchmarks.proof_run import CONTESTANTS, NETS, SAMPLED, SEARCHES, Bench, Settings, open_bench
@@ -54,6 +55,7 @@ FUNCTIONS: Mapping[str, Callable[[Bench], None]] = {
     "predicted": lambda bench: predicted(bench.workdir),
     "accuracy": accuracy,
     "longer": longer,
+    "statistics": statistics,
     "parts": lambda bench: parts(bench.workdir),
 }
 

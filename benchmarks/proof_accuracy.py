@@ -191,6 +191,29 @@ def longer_table(runs: Runs, net: str, budget: str) -> str:
     )
 
 
+def statistics_table(runs: Runs, net: str, budget: str) -> str:
+    """What either statistics give after longer fine-tuning: a row a contestant, seed and order of the batches."""
+    rows = []
+    for (own, seed), lines in runs.items():
+        for name, text in CONTESTANTS.items():
+            policy = lines.get(f"chosen {budget} {name}", {}).get("policy")
+            for order in (0, 1):
+                found = policy and lines.get(f"statistics {digest(policy)} {order}")
+                if own == net and found:
+                    cells = [
+                        form.format(scale * found[word][field])
+                        for word in ("restated", "running")
+                        for form, scale, field in (
+                            ("{:.4f}", 1, "train_loss"),
+                            ("{:.4f}", 1, "loss"),
+                            ("{:.2f}", 100, "accuracy"),
+                        )
+                    ]
+                    rows.append([f"{text}, seed {seed}, order {order + 1}", *cells])
+    fields = ("training loss", "validation loss", "validation accuracy, %")
+    return table(["", *(f"{word}: {field}" for word in ("measured anew", "of training") for field in fields)], rows)
+
+
 def values(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
     """{placeholder: text} of this module's tables."""
     found = {"pooled": pooled_table(runs, nets), "apart": apart_table(runs, nets), **leads(runs, nets)}
@@ -199,7 +222,9 @@ def values(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
         found[f"against {net}"] = against_table(runs, net, DEFAULT, "the default")
         found[f"learned against {net}"] = against_table(runs, net, "learned", CONTESTANTS["learned"])
         found[f"longer {net}"] = longer_table(runs, net, "W2A3")
+        found[f"statistics {net}"] = statistics_table(runs, net, "W2A3")
         same = of_the_default(runs, net)
+        found[f"default seeds {net}"] = str(len(same))
         for budget in measured_budgets(runs, net):
             found[f"headroom {net} {budget}"] = cell(headroom(runs, net, budget), 2, 100, sign=True)
         for budget in BUDGETS:

@@ -106,13 +106,41 @@ def accuracy(bench: Bench) -> None:
 
 def longer(bench: Bench) -> None:
     """The contestants, and of the uniform policies the one that was best after `accuracy`, fine-tuned for longer."""
+    fine_tuned(bench, asked_longer(bench), bench.settings.longer_steps, "longer")
+
+
+def statistics(bench: Bench) -> None:
+    """The same in two orders of the batches, with either statistics: those measured anew, or those it was trained to."""
+    for order in (0, 1):
+        tuned = tuner(bench, bench.settings.longer_steps, order=order)
+        for budget, name in asked_longer(bench):
+            bits = chosen(bench, budget, name)
+            if (key := f"statistics {digest(bits)} {order}") in bench.lines:
+                continue
+            each = as_policy(bits, bench.table)
+            variables = tuned(each)
+            rows, stacked = restated(bench, variables, [each])
+            found = {}
+            for word, stats in (("restated", rows), ("running", stages.rows_of(variables, 1))):
+                validation, trained = (
+                    scores(bench, variables, stats, stacked, batches)
+                    for batches in (bench.validation, bench.statistics)
+                )
+                found[word] = {
+                    "loss": validation["loss"][0],
+                    "accuracy": validation["accuracy"][0],
+                    "train_loss": trained["loss"][0],
+                }
+            bench.lines.add(key, steps=bench.settings.longer_steps, **found)
+
+
+def asked_longer(bench: Bench) -> list[tuple[str, str]]:
     best = {budget: best_uniform(bench.lines.lines, budget) for budget in bench.settings.budgets}
-    asked = [
+    return [
         (budget, name)
         for budget, name in contestants(bench)
         if not name.startswith("uniform") or (best[budget] and name == f"uniform {best[budget][0]}")
     ]
-    fine_tuned(bench, asked, bench.settings.longer_steps, "longer")
 
 
 def fine_tuned(bench: Bench, asked: Sequence[tuple[str, str]], steps: int, word: str) -> None:

@@ -231,7 +231,19 @@ def test_the_stages_on_digits(tmp_path, quick_compilation, capsys):
     command = ["--net", "digits", "--root", str(tmp_path), "--budgets", "W3A3", "--finetune_steps", "2", "--rows", "3"]
     command += ["--policies", "3", "--samples", "24", "--sample_batches", "1", "--sample_size", "32"]
     command += ["--stages", "learn", "random", "samples", "tune", "repeats", "predicted", "sliced", "accuracy"]
-    command += ["longer", "parts", "--longer_steps", "3", "--tuned", "2", "--tune_steps", "2", "--repeated", "2"]
+    command += [
+        "longer",
+        "statistics",
+        "parts",
+        "--longer_steps",
+        "3",
+        "--tuned",
+        "2",
+        "--tune_steps",
+        "2",
+        "--repeated",
+        "2",
+    ]
     command += ["--contestants", "sampled", "learned", "learned_third", "sliced", "constant", "reversed"]
     command += ["--model.name", "cnn_nnx", "--model.options", '{"width": 0.25}', "--pretrain.steps", "20"]
     command += ["--joint.steps", "40", "--joint.error_steps", "10", "--joint.alpha_policies", "8"]

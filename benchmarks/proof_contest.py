@@ -105,7 +105,7 @@ def accuracy(bench: Bench) -> None:
 
 
 def longer(bench: Bench) -> None:
-    """The contestants, and of the uniform policies the one that was best after `accuracy`, fine-tuned for longer."""
+    """Contestants and the best uniform policy, fine-tuned for longer."""
     fine_tuned(bench, asked_longer(bench), bench.settings.longer_steps, "longer")
 
 
@@ -135,6 +135,7 @@ def statistics(bench: Bench) -> None:
 
 
 def asked_longer(bench: Bench) -> list[tuple[str, str]]:
+    """(budget, name) of the contestants, and of the uniform policies the one that was best after `accuracy`."""
     best = {budget: best_uniform(bench.lines.lines, budget) for budget in bench.settings.budgets}
     return [
         (budget, name)

@@ -55,9 +55,8 @@ def make_batch_statistics(model: QuantizedModel, task: Task, dropout: bool = Fal
             old = flax_seam.flatten(stats["batch_stats"])
             start = {name: x if known[name] is None else jnp.zeros_like(x) for name, x in old.items()}
             new = flax_seam.flatten(updated(params, stats, policy, task.inputs(batch), flax_seam.unflatten(start)))
-            shares = {name: None if m is None else 1 - m for name, m in known.items()}
             return flax_seam.unflatten(
-                {name: x if (share := shares[name]) is None else new[name] / share for name, x in old.items()}
+                {name: x if (m := known[name]) is None else new[name] / (1 - m) for name, x in old.items()}
             )
 
         return jax.vmap(one)(stats, policies)

@@ -164,8 +164,7 @@ def _contraction(walk: _Walk, eqn: Any, ins: list[Any], origins: list[Origin], v
             walk.trace.products.append((_where(eqn), macs * math.prod(walk.scans)))
             for one, other, v in ((lhs, rhs, eqn.invars[0]), (rhs, lhs, eqn.invars[1])):
                 # A parameter as large as the operand is its weight; a smaller one, such as a bias, is beside it.
-                large = [leaf for leaf in one.mixed if other.given and walk.sizes[leaf] >= v.aval.size]
-                if large:
+                if other.given and any(walk.sizes[leaf] >= v.aval.size for leaf in one.mixed):
                     walk.trace.unreached.append((_where(eqn), f"{eqn.primitive.name} {WITH_OTHERS}", one.mixed))
         return bind(eqn, ins), out_origin, {}
     side = 0 if weights[0] else 1

@@ -40,12 +40,9 @@ def _note_unused(name: str, overrides: Sequence[str]) -> None:
     """Says which settings are other criteria's and change nothing here."""
     used = find(name).settings
     for word in overrides:
-        setting = word.partition("=")[0].replace("-", "_").removeprefix("__criteria.")
-        if (
-            word.startswith("--criteria.")
-            and setting in config_lib.to_json(Config())["criteria"]
-            and setting not in used
-        ):
+        option, _, setting = word.partition("=")[0].partition(".")
+        setting = setting.replace("-", "_")
+        if option == "--criteria" and hasattr(Config().criteria, setting) and setting not in used:
             has = ", ".join(f"criteria.{each}" for each in used) or "none"
             print(f"note: {name} does not use criteria.{setting}; its settings: {has}")
 

@@ -46,16 +46,13 @@ def with_statistics(run: Run, variables: Mapping[str, Any], policies: Mapping[st
     if anew is own:
         return own
 
-    def loss(stats: Any) -> float:
-        batches = train_batches(run, run.config.joint.batch_size, "statistics")(0)
-        placed = parallel.place(run.layout, (variables["params"], stats, policies))
-        found = [
-            run.evaluate(*placed, parallel.place_batch(run.layout, next(batches)))
-            for _ in range(run.config.statistics_batches)
-        ]
-        return float(sum(np.asarray(sums, np.float64)[0] for sums, _, _ in found))
-
-    return own if loss(own) <= loss(anew) else anew
+    both = [parallel.place(run.layout, (variables["params"], stats, policies)) for stats in (own, anew)]
+    losses = np.zeros(2)
+    batches = train_batches(run, run.config.joint.batch_size, "statistics")(0)
+    for _ in range(run.config.statistics_batches):
+        batch = parallel.place_batch(run.layout, next(batches))
+        losses += [np.asarray(run.evaluate(*placed, batch)[0], np.float64)[0] for placed in both]
+    return own if losses[0] <= losses[1] else anew
 
 
 def evaluate(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import proof_alpha, proof_paper
-from benchmarks.proof_lines import BUDGETS, LEVELS, NAMES, best_uniform, digest, result
+from benchmarks.proof_lines import BUDGETS, LEVELS, NAMES, best_uniform, digest, keeps_own, result
 from benchmarks.proof_statistics import Runs, cell, of_runs, table
 
 DEFAULT = "output_fisher_third"
@@ -212,6 +212,37 @@ def statistics_table(runs: Runs, net: str, budget: str) -> str:
                     rows.append([f"{text}, seed {seed}, order {order + 1}", *cells])
     fields = ("training loss", "validation loss", "validation accuracy, %")
     return table(["", *(f"{word}: {field}" for word in ("measured anew", "of training") for field in fields)], rows)
+
+
+def either_table(runs: Runs, names: Mapping[str, str]) -> str:
+    """How far the two statistics of the same fine-tuned weights are apart: test accuracies in points, a row a net."""
+    rows = []
+    for net, shown in names.items():
+        found = [
+            line
+            for lines in runs.values()
+            for line in lines.values()
+            if line["net"] == net and line["key"].startswith("finetuned ") and "running" in line
+        ]
+        if not found:
+            continue
+        apart = [100 * (line["running"]["test_accuracy"] - line["test_accuracy"]) for line in found]
+        own = [keeps_own(line) for line in found]
+        better = [difference if is_own else -difference for difference, is_own in zip(apart, own, strict=True)]
+        rows.append(
+            [
+                shown,
+                str(len(found)),
+                str(sum(own)),
+                f"{np.median(np.abs(apart)):.2f}",
+                f"{np.max(np.abs(apart)):.2f}",
+                str(sum(abs(one) > 1 for one in apart)),
+                f"{np.mean(better):+.2f}",
+                f"{np.min(better):+.2f}",
+            ]
+        )
+    head = ["fine-tunings", "kept those of training", "apart, median", "largest", "more than 1 point"]
+    return table(["", *head, "the kept minus the other, mean", "smallest"], rows)
 
 
 def values(runs: Runs, nets: Sequence[str]) -> dict[str, str]:

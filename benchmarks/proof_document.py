@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import proof_accuracy, proof_alpha, proof_cheaper, proof_paper, proof_prediction
-from benchmarks.proof_lines import BUDGETS, NAMES
+from benchmarks.proof_lines import BUDGETS, NAMES, kept
 from benchmarks.proof_statistics import Runs, spearman
 
 LINES, DOCUMENT = Path("docs/results/proof.jsonl"), Path("docs/results.md")
@@ -78,7 +78,10 @@ def document(runs: Runs, cheaper: Runs) -> str:
     nets = [net for net in NAMES if any(own == net for own, _ in runs)]
     template = (Path(__file__).parent / "proof_document.md").read_text()
     names = {net: NAMES[net] for net in nets}
+    better = {run: kept(lines) for run, lines in runs.items()}
     values = {
+        "either": proof_accuracy.either_table(runs, names),
+        **{f"kept {name}": value for name, value in proof_accuracy.values(better, nets).items()},
         **proof_prediction.values(runs, nets),
         **proof_accuracy.values(runs, nets),
         **proof_alpha.values(runs, names),

@@ -19,6 +19,7 @@ BUDGETS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 LEVELS = ("W2A3", "W3A3", "W3A4", "size W3, A4")  # what every contestant is asked for; A6: weights alone
 PREDICTED = ("W2A3", "W3A3")  # where predictions are measured
+TUNED = ("finetuned", "longer", "tuned", "repeat")  # first words of the lines of policies after fine-tuning
 # Tables with the weights' factor a third of what it was: (contestant, whose table).
 THIRDS = {"output_fisher_third": "output_fisher", "learned_third": "learned", "constant_third": "constant"}
 # Whose alpha is looked for after fine-tuning.
@@ -66,6 +67,25 @@ def as_policy(bits: Sequence[Sequence[int]], table: Importance) -> dict[str, Bit
 def digest(bits: Sequence[Sequence[int]]) -> str:
     """A policy's short name."""
     return hashlib.sha256(json.dumps(bits).encode()).hexdigest()[:12]
+
+
+def kept(lines: Mapping[str, Any]) -> dict[str, Any]:
+    """The lines with what fine-tuning keeps today: of two statistics those that lose less on training batches.
+
+    Losses and accuracies after fine-tuning that were measured with re-estimated statistics alone are left out.
+    """
+    found = {}
+    for key, line in lines.items():
+        if key.split()[0] not in TUNED:
+            found[key] = line
+        elif "running" in line:
+            found[key] = {**line, **(line["running"] if keeps_own(line) else {})}
+    return found
+
+
+def keeps_own(line: Mapping[str, Any]) -> bool:
+    """Whether fine-tuning keeps its own statistics: they lose no more on training batches than those re-estimated."""
+    return line["running"]["train_loss"] <= line["train_loss"]
 
 
 def result(lines: Mapping[str, Any], budget: str, name: str) -> Mapping[str, Any] | None:

@@ -156,6 +156,28 @@ def measured(bench: Bench, variables: Mapping[str, Any], policies: Sequence[Mapp
     return scores(bench, variables, *restated(bench, variables, policies), bench.validation)
 
 
+def of_either(
+    bench: Bench, variables: Mapping[str, Any], each: Mapping[str, Bits], test: Sequence[Any] = ()
+) -> dict[str, dict[str, Any]]:
+    """Scores of a policy that was fine-tuned: "restated", with statistics re-estimated, and "running", with its own.
+
+    Of the validation split, "train_loss" of the batches of the statistics (what fine-tuning keeps has less of it), and
+    "test_loss" and "test_accuracy" of the batches `test`.
+    """
+    rows, stacked = restated(bench, variables, [each])
+    found = {}
+    for word, stats in (("restated", rows), ("running", stages.rows_of(variables, 1))):
+
+        def of(batches: Sequence[Any], stats: Any = stats) -> dict[str, Any]:
+            return {name: one[0] for name, one in scores(bench, variables, stats, stacked, batches).items()}
+
+        found[word] = {**of(bench.validation), "train_loss": of(bench.statistics)["loss"]}
+        if test:
+            tested = of(test)
+            found[word] |= {f"test_{name}": tested[name] for name in ("loss", "accuracy")}
+    return found
+
+
 def in_stacks(bench: Bench, policies: Sequence[Mapping[str, Bits]], function: Callable[..., Any]) -> list[Any]:
     """function(P policies), P always the same so that it compiles once, over all of them."""
     size, found = bench.settings.rows, []

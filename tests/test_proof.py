@@ -55,6 +55,29 @@ def test_a_difference_computed_another_way(runs):
     assert proof_accuracy.differences(runs, "resnet8", "W3A3", "sampled") == pytest.approx(wanted)
 
 
+def test_of_two_statistics_those_are_kept_that_lose_less_in_training():
+    """Whatever they lose on validation images; a line that has but one of them is left out."""
+
+    def line(train_loss, own_train_loss):
+        own = {"train_loss": own_train_loss, "loss": 1.0, "test_accuracy": 0.7}
+        return {"steps": 9, "train_loss": train_loss, "loss": 2.0, "test_accuracy": 0.8, "running": own}
+
+    lines = {"chosen a b": {"policy": 1}, "finetuned 1": line(0.3, 0.2), "longer 1": line(0.3, 0.4)}
+    lines |= {"tuned W3A3 0": line(0.3, 0.3), "repeat W3A3 0": {"loss": 2.0}, "finetuned 2": {"loss": 2.0}}
+    found = proof_lines.kept(lines)
+    assert {key: one.get("loss") for key, one in found.items()} == {
+        "chosen a b": None,
+        "finetuned 1": 1.0,
+        "longer 1": 2.0,
+        "tuned W3A3 0": 1.0,
+    }
+    assert [one["steps"] for one in found.values() if "steps" in one] == [9, 9, 9]
+    assert (found["finetuned 1"]["test_accuracy"], found["longer 1"]["test_accuracy"]) == (0.7, 0.8)
+    runs = {("resnet8", s): {k: {"net": "resnet8", "key": k, **v} for k, v in lines.items()} for s in (0, 1)}
+    row = proof_accuracy.either_table(runs, {"resnet8": "R"}).splitlines()[-1]
+    assert row == "| R | 2 | 2 | 10.00 | 10.00 | 2 | -10.00 | -10.00 |"
+
+
 def test_alpha_after_fine_tuning_computed_another_way():
     """Two policies' order flips where alpha does; of one budget only, and of policies that were fine-tuned."""
     lines = {"parts made": {"alpha": None, "policies": {}}}
@@ -269,7 +292,12 @@ def test_the_stages_on_digits(tmp_path, quick_compilation, capsys):
     once, again = ([lines[f"{key} W3A3 {n}"]["loss"] for n in range(2)] for key in ("tuned", "repeat"))
     assert (np.array(once) != again).all() and "tuned W3A3 2" not in lines
     for name in ("sampled", "learned", "learned_third", "sliced", "constant", "reversed"):
-        assert proof_lines.result(lines, "W3A3", name)["steps"] == 2
+        one = proof_lines.result(lines, "W3A3", name)
+        assert one["steps"] == 2
+        # The mean of the halves is not the whole's, where the batches' number is odd; and each statistics' own.
+        for which in (one, one["running"]):
+            assert min(which["halves"]) <= which["loss"] <= max(which["halves"])
+        assert all(one[field] != one["running"][field] for field in ("loss", "train_loss", "test_loss"))
     best = f"uniform {proof_lines.best_uniform(lines, 'W3A3')[0]}"
     named = {
         proof_lines.digest(line["policy"]): key for key, line in lines.items() if key.startswith("chosen W3A3 uniform")

@@ -249,21 +249,6 @@ def test_memory_that_is_too_short_does_not_undo_the_training(place, tmp_path, ca
     assert "memory is too short for 32 samples" in capsys.readouterr().out
 
 
-def test_weights_in_a_folder_are_weights(tmp_path):
-    """An orbax folder, as --model.weights takes it: there, and another one where a file of it changes."""
-    run, weights = tmp_path / "run", tmp_path / "weights"
-    weights.mkdir()
-    config = Config(model=Model(weights=str(weights)))
-    for text in ("one", "two", "one"):
-        (weights / "part").write_text(text)
-        files.check_needs(run, "output_fisher", config)
-        digests = files.made_from(run, "output_fisher", config)["files"]
-        assert len(digests) == 1
-        (tmp_path / text).write_text(json.dumps(digests))
-    assert (tmp_path / "one").read_text() != (tmp_path / "two").read_text()
-    assert json.loads((tmp_path / "one").read_text()) == digests
-
-
 def test_learned_step_sizes_by_option(place):
     """criteria.step_sizes joint: other quantization errors than those of calibration."""
     tables = []

@@ -12,7 +12,7 @@ import made_models
 import numpy as np
 import own_models
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 
 import search
 import train
@@ -89,24 +89,38 @@ def test_a_loss_of_ones_own_from_float_training_to_the_report(tmp_path, capsys):
 
 
 def test_trained_weights_are_used_and_kept(place, tmp_path, monkeypatch, capsys):
-    """No step is trained; the run keeps the weights that it was started with, whatever the factory returns later."""
+    """No step is trained; the run keeps the weights that it was started with, whatever the factory returns later, or the
+    file holds. A checkpoint that is damaged is made again."""
     common = ["--data", "own_models:digits", *TINY, "--float-only"]
     given = {
         "linen": own_models.trained_linen()[1],
         "nnx": nnx.to_pure_dict(nnx.state(own_models.trained_nnx().module, nnx.Param)),
     }
+    file = tmp_path / "w.msgpack"
+    models = {kind: [f"own_models:trained_{kind}"] for kind in given}
+    models["file"], given["file"] = ["made_models:dense", "--model.weights", str(file)], given["linen"]
     for kind, wanted in given.items():
-        command = ["--model", f"own_models:trained_{kind}", *common, "--workdir", str(tmp_path / kind)]
+        command = ["--model", *models[kind], *common, "--workdir", str(tmp_path / kind)]
         monkeypatch.setattr(own_models, "WEIGHTS", 1.0)
+        file.write_bytes(serialization.to_bytes(given["linen"]))
         assert train.main(command) == 0
         first = capsys.readouterr().out
         monkeypatch.setattr(own_models, "WEIGHTS", 0.0)
+        file.write_bytes(serialization.to_bytes(jax.tree.map(lambda x: 0 * x, given["linen"])))
         assert train.main(command) == 0
         assert capsys.readouterr().out == first
+        if kind == "linen":
+            monkeypatch.setattr(own_models, "WEIGHTS", 1.0)
+            (step,) = (each for each in (tmp_path / kind / "pretrain").iterdir() if each.name.isdigit())
+            with next(path for path in step.glob("default/ocdbt.process_0/d/*") if path.stat().st_size).open("ab") as broken:
+                broken.write(b"x")
+            assert train.main(command) == 0
+            shown = capsys.readouterr()
+            assert shown.out == first and "is damaged" in shown.err and step.is_dir()
         run = stages.open_run(
             config_lib.from_json(json.loads((tmp_path / kind / "config.json").read_text())["config"]), tmp_path / kind
         )
-        params = wanted["params"] if kind == "linen" else wanted
+        params = wanted if kind == "nnx" else wanted["params"]
         jax.tree.map(np.testing.assert_array_equal, stages.finished_float(run)["params"], params)
 
 

@@ -93,16 +93,11 @@ def check_needs(workdir: Path, name: str, config: Config) -> None:
     needs = set(find(name).needs)
     train = f"python train.py --config … --workdir {workdir}"
     joint_sizes = "step_sizes" in find(name).settings and config.criteria.step_sizes == "joint"
-    if "checkpoint" in needs:
-        if config.model.weights:
-            if not Path(config.model.weights).exists():
-                raise Refusal(f"{name} needs float weights, and {config.model.weights} (model.weights) does not exist")
-        elif (step := latest_step(workdir / "pretrain")) is None or step < config.pretrain.steps:
-            found = "none" if step is None else f"one at step {step} of {config.pretrain.steps}"
-            raise Refusal(
-                f"{name} needs the finished float checkpoint, and {workdir} has {found}; "
-                f"make it with: {train} --float-only"
-            )
+    if "checkpoint" in needs and ((step := latest_step(workdir / "pretrain")) or 0) < max(1, config.pretrain.steps):
+        found = "none" if step is None else f"one at step {step} of {config.pretrain.steps}"
+        raise Refusal(
+            f"{name} needs the finished float checkpoint, and {workdir} has {found}; make it with: {train} --float-only"
+        )
     if "rows" in needs and not rows_file(workdir).is_file():
         raise Refusal(
             f"{name} needs the log of joint training's random rows, and {rows_file(workdir)} does not exist; "
@@ -172,12 +167,7 @@ def made_from(workdir: Path, name: str, config: Config) -> dict[str, Any]:
         result["config"]["data"].pop(free)
     files = []
     if "checkpoint" in criterion.needs:
-        step = latest_step(workdir / "pretrain")
-        files.append(
-            Path(config.model.weights)
-            if config.model.weights
-            else workdir / "pretrain" / str(step) / "_CHECKPOINT_METADATA"
-        )
+        files.append(workdir / "pretrain" / str(latest_step(workdir / "pretrain")) / "_CHECKPOINT_METADATA")
     if "joint" in criterion.needs:
         files.append(workdir / "joint" / str(latest_step(workdir / "joint")) / "_CHECKPOINT_METADATA")
     if "rows" in criterion.needs:
@@ -187,8 +177,7 @@ def made_from(workdir: Path, name: str, config: Config) -> dict[str, Any]:
     if "indicators" in criterion.needs or result["criteria"].get("step_sizes") == "joint":
         files.append(workdir / "importance.json")
     # By their places in the run: the checkpoints of two stages have one name.
-    inside = (file.relative_to(workdir) if file.is_relative_to(workdir) else Path(file.name) for file in files)
-    result["files"] = {place.as_posix(): _digest(file) for place, file in zip(inside, files, strict=True)}
+    result["files"] = {file.relative_to(workdir).as_posix(): _digest(file) for file in files}
     return result
 
 
@@ -209,11 +198,7 @@ def alpha_rows_file(workdir: Path) -> Path:
 
 
 def _digest(path: Path) -> str:
-    """Of a file; of a folder, of its files' names and digests; "" where there is none."""
-    if path.is_dir():
-        inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        text = "".join(f"{_digest(file)} {file.relative_to(path).as_posix()}\n" for file in inside)
-        return hashlib.sha256(text.encode()).hexdigest()
+    """Of a file; "" where there is none."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 

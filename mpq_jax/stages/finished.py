@@ -23,9 +23,8 @@ def check_finished(run: Run, stage: str, settings: Pretrain | Joint) -> None:
 
 
 def finished_float(run: Run) -> Mapping[str, Any]:
-    """The float model's variables, of a float training that is finished, or loaded. Raises Refusal if it is not."""
-    if not run.config.model.weights:
-        check_finished(run, "pretrain", run.config.pretrain)
+    """The float model's variables, of a float training that is finished, or kept. Raises Refusal if it is not."""
+    check_finished(run, "pretrain", run.config.pretrain)
     return pretrain(run)
 
 

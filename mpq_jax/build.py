@@ -48,7 +48,15 @@ def float_model(config: Config, num_classes: int | None) -> FloatModel:
         options["dtype"] = DTYPES[config.model.dtype]
     if factories.is_factory(name):
         offered = {} if num_classes is None else {"num_classes": num_classes}
-        return checked(factories.made("--model", name, options, offered), f"--model {name}")
+        try:
+            return checked(factories.made("--model", name, options, offered), f"--model {name}")
+        except factories.Needed as error:
+            if error.option != "num_classes":
+                raise
+            raise Refusal(
+                f"--model {name} takes num_classes, and --data {config.data.name} does not tell it: number the labels from 0, "
+                'or give "num_classes" beside the splits'
+            ) from None
     if num_classes is None:
         raise Refusal(f"model {name!r} needs to know the classes, and --data {config.data.name} has no integer label")
     try:

@@ -239,7 +239,9 @@ PAPER_FINETUNE = Finetune(
 _FROM_ONE = re.compile(
     r"(?!criteria).*batch_size|.*\.accumulate|joint\.window|checkpoint_every|log_every|statistics_batches"
 )
+_UP_TO_ONE = re.compile(r".*\.distill")
 _BELOW_ONE = re.compile(r".*\.(average|momentum|label_smoothing)")
+_MOST = 2**31 - 1  # JAX's integers, NumPy's seeds
 _ANY = ("parallel.process",)  # -1: JAX finds it
 
 
@@ -250,8 +252,12 @@ def check(config: Config) -> Config:
             continue
         if not math.isfinite(value) or value < 0:
             raise Refusal(f"{key} is {value}; give a number of 0 or more")
+        if kind is int and value > _MOST:
+            raise Refusal(f"{key} is {value}; give a whole number up to {_MOST}")
         if _FROM_ONE.fullmatch(key) and value < 1:
             raise Refusal(f"{key} is {value}; give a whole number of 1 or more")
+        if _UP_TO_ONE.fullmatch(key) and value > 1:
+            raise Refusal(f"{key} is {value}; give a share from 0 to 1: the rest of the loss is that of the labels")
         if _BELOW_ONE.fullmatch(key) and value >= 1:
             raise Refusal(f"{key} is {value}; give a number from 0 up to, not including, 1")
     return config

@@ -13,6 +13,14 @@ from typing import Any
 from mpq_jax.types import Refusal
 
 
+class Needed(Refusal):
+    """Of a function that was not given what it cannot be called without. option: its name."""
+
+    def __init__(self, message: str, option: str):
+        super().__init__(message)
+        self.option = option
+
+
 def is_factory(name: str) -> bool:
     """Whether a name is of the form module:function, not that of something that comes with the package."""
     return ":" in name
@@ -22,7 +30,8 @@ def made(option: str, name: str, options: Mapping[str, Any], offered: Mapping[st
     """What the function `name` returns. option: where the name was given ("--model"), for messages.
 
     options: what it is called with, as the user gave it. offered: what it is called with besides, if it takes it.
-    The current directory can be imported from. Raises Refusal, in one line with the place, for whatever goes wrong.
+    The current directory can be imported from. Raises Refusal, in one line with the place, for whatever goes wrong: Needed
+    for what was not given.
     """
     function = found(option, name)
     parameters = inspect.signature(function.__init__ if inspect.isclass(function) else function).parameters
@@ -35,9 +44,10 @@ def made(option: str, name: str, options: Mapping[str, Any], offered: Mapping[st
     given |= options
     needed = [n for n, p in parameters.items() if n in names and _needed(p) and n not in given]
     if needed:
-        raise Refusal(
+        raise Needed(
             f"{option} {name} needs {needed[0]!r}, and nobody gave it; give it a default, or "
-            f"{option}.options '{{\"{needed[0]}\": …}}'"
+            f"{option}.options '{{\"{needed[0]}\": …}}'",
+            needed[0],
         )
     try:
         return function(**given)

@@ -81,7 +81,7 @@ def init_state(
         params=params,
         rows=copies,
         optimizer=optimizer.init((params, copies["affine"])),
-        average=params if average else None,
+        average=jax.tree.map(jnp.copy, params) if average else None,  # the step consumes both
         step=jnp.zeros((), jnp.int32),
     )
 
@@ -263,7 +263,11 @@ def make_step(
         copies. Of the others `optimizer` is told that their gradients are 0, without working them out.
     layout: of many devices; see parallel.py.
     The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
+
+    Raises Refusal for a weight of distillation that is not from 0 to 1.
     """
+    if distill is not None and not 0 <= distill.weight <= 1:
+        raise Refusal(f"the weight of distillation is {distill.weight:g}; give a number from 0 to 1")
 
     loss = functools.partial(
         joint_loss, model, task, distill=distill, error_weight=error_weight, recompute=recompute, layout=layout

@@ -63,7 +63,8 @@ def leaf_paths(spec: LayerSpec, quantizer: Quantizer, kind: str, which: str = "a
 class Site(NamedTuple):
     """What one trace tells of a leaf: its calls, and the shapes of their operands.
 
-    weight: of the first call; weights: the shapes of all, for each call one.
+    weight: of the first call; weights: the shapes of all, for each call one. inputs, outputs: elements of the call that has
+    the most.
     """
 
     calls: list[Call]
@@ -156,8 +157,11 @@ def discover(
     sites: dict[str, Site] = {}
     for (leaf, _), (call, weight, n_in, n_out) in calls.items():
         if leaf in sites:
-            sites[leaf].calls.append(call)
-            sites[leaf].weights.append(weight.shape)
+            site = sites[leaf]
+            site.calls.append(call)
+            site.weights.append(weight.shape)
+            if n_in + n_out > site.inputs + site.outputs:
+                sites[leaf] = site._replace(inputs=n_in, outputs=n_out)
         else:
             sites[leaf] = Site([call], weight, [weight.shape], n_in, n_out)
     if not sites:

@@ -19,6 +19,7 @@ from mpq_jax.config import Config
 from mpq_jax.criteria import files as criteria
 from mpq_jax.criteria import find
 from mpq_jax.criteria.learned import learned, save_rows, unlearnable
+from mpq_jax.data.own import OwnData, training_batch
 from mpq_jax.files import read_json, write_json
 from mpq_jax.layers import leaf_paths
 from mpq_jax.numerics import at_bits
@@ -36,10 +37,17 @@ def learn_float(config: Config, workdir: Path) -> tuple[stages.Run, Mapping[str,
     find(config.search.criterion)
     run = stages.open_run(config, workdir)
     searched = sum(layer.searched for layer in run.model.layers)
+    if not searched:
+        raise Refusal(
+            f"none of the model's {len(run.model.layers)} layers is searched: all have fixed bits, by quantize.rules or as the "
+            'first and the last layer ("8,8"); loosen the rules, or give --quantize.ends searched'
+        )
     widths = run.model.bit_widths, run.model.activation_bit_widths
     check_search_rules(config.search.rules, Importance("none yet", *widths, run.model.layers, None, None))
     if processes.first() and (workdir / "config.json").exists():
         keep_table_settings(workdir, config)
+    if isinstance(run.dataset, OwnData):  # what is wrong with its first examples is said before anything is written
+        training_batch(run.dataset, run.dataset.splits["train"], config.seed, config.pretrain.batch_size, 0, 1, 0)
     print(f"{config.model.name} on {config.data.name}: {searched} of {len(run.model.layers)} layers are searched")
     if reason := unlearnable(run.model.quantizer):
         taken = config.search.criterion

@@ -44,7 +44,8 @@ class Layer(NamedTuple):
     macs: multiply-accumulates for one sample.
     searched: whether its bits are to be chosen; if not, `bits` holds them (32, 32 for a layer left in float).
     tied: layers with the same name here read the same tensor, and get the same activation bits.
-    inputs, outputs: elements of the layer's input and output for one sample.
+    inputs, outputs: elements of the layer's input and output for one sample; of a layer that is called several times, those
+        of the call with the most.
     channels: output channels: how many weight bits a policy with bits per output channel gives the layer.
     weight_bit_widths, activation_bit_widths: the layer's own candidates, where a rule narrowed them.
     """

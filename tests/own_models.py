@@ -195,6 +195,58 @@ def flipped():
     return {**small(), "augment": lambda batch, rng: {**batch, "image": batch["image"] * rng.choice([-1, 1])}}
 
 
+def _labels(change, **more):
+    parts = {"train": made(40), "test": made(23)}
+    return {**{name: {**part, "label": change(part["label"])} for name, part in parts.items()}, **more}
+
+
+def from_one():
+    return _labels(lambda label: label + 1)
+
+
+def from_minus_one():
+    return _labels(lambda label: label - 1)
+
+
+def too_few_classes():
+    return _labels(lambda label: label, num_classes=7)
+
+
+def classes_in_words():
+    return _labels(lambda label: label, num_classes="ten")
+
+
+def lines_from_one():
+    return {name: Lines(part) for name, part in from_one().items()}
+
+
+def changed_in_place():
+    def augment(batch, rng):
+        batch["image"] *= rng.choice([-1, 1])
+
+    return {**small(), "augment": augment}
+
+
+def own_mask():
+    return {name: {**part, "valid": part["label"] > 3} for name, part in small().items()}
+
+
+def ragged():
+    return {
+        **small(),
+        "train": {"image": [np.zeros((8, 8, 1))] * 39 + [np.zeros((9, 8, 1))], "label": np.zeros(40, int)},
+    }
+
+
+class Unreadable(Lines):
+    def __getitem__(self, i):
+        raise KeyError(i)
+
+
+def unreadable():
+    return {"train": Unreadable(made(40)), "test": Unreadable(made(23))}
+
+
 def pairs():
     return {"train": (made()["image"], made()["label"]), "test": (made()["image"], made()["label"])}
 

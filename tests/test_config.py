@@ -71,6 +71,7 @@ NUMBERS = [
         ("finetune.batch_size", "0"),
         ("joint.epochs", "inf"),
         ("pretrain.momentum", "1"),
+        ("seed", str(2**31)),
     ),
 ]
 
@@ -79,6 +80,13 @@ NUMBERS = [
 def test_numbers_that_no_setting_can_be(name, value):
     with pytest.raises(Refusal, match=f"^{name} is .*; give a (whole )?number"):
         config_lib.load("digits", [f"--{name}", value])
+
+
+@pytest.mark.parametrize("stage", ["joint", "finetune"])
+def test_labels_keep_a_share_of_the_loss_that_is_not_below_none(stage):
+    with pytest.raises(Refusal, match=f"^{stage}.distill is 1.5; give a share from 0 to 1"):
+        config_lib.load("digits", [f"--{stage}.distill", "1.5"])
+    config_lib.load("digits", [f"--{stage}.distill", "1"])
 
 
 def test_numbers_at_their_limits():

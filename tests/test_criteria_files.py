@@ -12,7 +12,7 @@ import pytest
 
 import search
 import train
-from mpq_jax.config import Config, Criteria, Model, Quantize, from_json, to_json
+from mpq_jax.config import Config, Criteria, Quantize, from_json, to_json
 from mpq_jax.criteria import CRITERIA, compute, files
 from mpq_jax.importance import load_importance, sha256
 

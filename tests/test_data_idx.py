@@ -67,14 +67,16 @@ def test_a_prepared_fashion_mnist_goes_before_idx_files(idx, tmp_path):
     assert not (tmp_path / "data" / "fashion_mnist").exists()
 
 
-@pytest.mark.parametrize("damage", ("cut off", "not gzip", "wrong type", "no images"))
+@pytest.mark.parametrize("damage", ("cut off", "not gzip", "broken", "wrong type", "no images"))
 def test_damaged_idx_files_are_refused_and_nothing_is_written(idx, tmp_path, damage):
     path = idx[0] / "t10k-images-idx3-ubyte.gz"
-    content = gzip.decompress(path.read_bytes())
+    packed = path.read_bytes()
+    content = gzip.decompress(packed)
     path.write_bytes(
         {
             "cut off": gzip.compress(content[:-5]),
             "not gzip": b"<html>404</html>",
+            "broken": packed[:20] + b"\xff\xff\xff\xff" + packed[24:],
             "wrong type": gzip.compress(b"\x00\x00\x0d" + content[3:]),
             "no images": gzip.compress(content[:2]),
         }[damage]

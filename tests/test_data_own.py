@@ -58,5 +58,11 @@ def test_augmentation_depends_on_seed_and_step_alone():
         _steps(opened("shrinking"), 1)
 
 
+def test_labels_are_the_loss_s_affair_where_it_is_the_model_s_own():
+    """Ignored ones of -100, or ratings below 0, are given as they are."""
+    dataset = opened("from_minus_one", validation_fraction=0)
+    assert dataset.num_classes is None and min(batch["label"].min() for batch in _steps(dataset, 5)) == -1
+
+
 def _steps(dataset, count):
     return [batch for _, batch in zip(range(count), data.train_batches(dataset, 8, seed=1), strict=False)]

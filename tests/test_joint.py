@@ -52,6 +52,23 @@ def uniform(quantized):
     return row_policies.uniform_rows(quantized.layers, quantized.bit_widths, quantized.activation_bit_widths)
 
 
+def test_the_state_of_a_moving_average_can_be_given_away(net):
+    """As make_step's docstring has it compiled: no array of the state is there twice."""
+    quantized, variables = net
+    step = jax.jit(joint.make_step(quantized, TASK, SGD, average=0.9), donate_argnums=0)
+    state = joint.init_state(jax.tree.map(jnp.copy, variables), SGD, 1, average=True)
+    policies = jax.tree.map(lambda bits: bits[:1], uniform(quantized))
+    state, _ = step(state, BATCH, jax.random.key(0), policies)
+    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (state.params, state.average)), strict=True)]
+    assert max(moved) > 0
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
+def test_distillation_leaves_the_labels_a_share(net, weight):
+    with pytest.raises(Refusal, match="weight of distillation is .*; give a number from 0 to 1"):
+        joint.make_step(net[0], TASK, SGD, distill=joint.Distill(weight))
+
+
 def row_of(policies, i):
     return jax.tree.map(lambda bits: bits[i], policies)
 

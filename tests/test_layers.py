@@ -124,6 +124,21 @@ def test_costs_are_of_one_sample_whatever_the_batch():
     assert (layer.inputs, layer.outputs) == (6 * 6 * 4, 6 * 6 * 6)
 
 
+class Pyramid(nn.Module):
+    """One convolution on a small map, then on the large one it was pooled from."""
+
+    @nn.compact
+    def __call__(self, x):
+        shared = nn.Conv(4, (3, 3), name="shared")
+        return shared(nn.max_pool(x, (2, 2), (2, 2))).sum((1, 2)) + shared(x).sum((1, 2))
+
+
+def test_a_shared_layer_is_as_large_as_its_largest_call():
+    (layer,) = quantize(Pyramid(), jax.ShapeDtypeStruct((2, 6, 6, 3), jnp.float32), ends=None).layers
+    assert (layer.inputs, layer.outputs) == (6 * 6 * 3, 6 * 6 * 4)
+    assert layer.macs == (6 * 6 + 3 * 3) * 3 * 3 * 3 * 4
+
+
 def test_ties_are_of_tensors_and_can_be_left_out():
     free = quantize(Net(), IMAGES, tie_activations=False)
     assert [layer.tied for layer in free.layers] == [None] * 5

@@ -91,7 +91,7 @@ def test_a_loss_of_ones_own_from_float_training_to_the_report(tmp_path, capsys):
 def test_trained_weights_are_used_and_kept(place, tmp_path, monkeypatch, capsys):
     """No step is trained; the run keeps the weights that it was started with, whatever the factory returns later, or the
     file holds. A checkpoint that is damaged is made again."""
-    common = ["--data", "own_models:digits", *TINY, "--float-only"]
+    common = ["--data", "own_models:digits", *TINY, "--float-only", "--quantize.ends", "searched"]
     given = {
         "linen": own_models.trained_linen()[1],
         "nnx": nnx.to_pure_dict(nnx.state(own_models.trained_nnx().module, nnx.Param)),
@@ -112,7 +112,9 @@ def test_trained_weights_are_used_and_kept(place, tmp_path, monkeypatch, capsys)
         if kind == "linen":
             monkeypatch.setattr(own_models, "WEIGHTS", 1.0)
             (step,) = (each for each in (tmp_path / kind / "pretrain").iterdir() if each.name.isdigit())
-            with next(path for path in step.glob("default/ocdbt.process_0/d/*") if path.stat().st_size).open("ab") as broken:
+            with next(path for path in step.glob("default/ocdbt.process_0/d/*") if path.stat().st_size).open(
+                "ab"
+            ) as broken:
                 broken.write(b"x")
             assert train.main(command) == 0
             shown = capsys.readouterr()
@@ -177,6 +179,15 @@ def test_mistakes_in_a_task(tmp_path, capsys, model, words):
         ("endless", "train is generator, which has no examples by number"),
         ("unlabelled", 'the data need a "label"'),
         ("returns_nothing", 'returned NoneType; return {"train"'),
+        ("from_one", 'a "label" is 10, and there are 10 classes, numbered from 0 to 9'),
+        ("from_minus_one", 'a "label" is -1, and there are 10 classes'),
+        ("too_few_classes", 'a "label" is 9, and there are 7 classes'),
+        ("lines_from_one", 'a "label" is 10, and there are 10 classes'),
+        ("classes_in_words", "num_classes is 'ten'; give how many classes there are"),
+        ("own_mask", "has an array 'valid', and batches have one of that name"),
+        ("ragged", "the examples of train['image'] have different shapes"),
+        ("unreadable", "train[0] cannot be read: KeyError: 0"),
+        ("changed_in_place", "returned NoneType; return the batch"),
     ],
 )
 def test_mistakes_in_data(tmp_path, capsys, function, words):
@@ -189,6 +200,15 @@ def test_mistakes_in_options(tmp_path, capsys):
     more = ["--model", "own_models:linen", "--model.options", '{"depth": 3}', "--data", "own_models:small"]
     _refused(more, tmp_path, capsys, "has no option 'depth'; it takes num_classes, features")
     _refused(["--model", "resnet8", "--data.options", '{"x": 1}'], tmp_path, capsys, "for a function of your own")
+    tiny = ["--model", "made_models:dense", "--data", "own_models:small"]
+    _refused(tiny, tmp_path, capsys, "none of the model's 2 layers is searched: all have fixed bits")
+    tiny += ["--quantize.ends", "searched"]
+    _refused([*tiny, "--data.validation_fraction", "0"], tmp_path, capsys, "the validation split is empty")
+    _refused([*tiny, "--finetune.steps", "0"], tmp_path, capsys, "finetune.steps and finetune.epochs are both 0")
+    more = ["--joint.accumulate", "6", "--joint.steps", "5"]
+    _refused([*tiny, *more], tmp_path, capsys, "joint.accumulate is 6, and joint has 5 steps: no update would be made")
+    more = ["--model", "made_models:dense", "--data", "own_models:from_minus_one"]
+    _refused(more, tmp_path, capsys, "takes num_classes, and --data own_models:from_minus_one does not tell it")
 
 
 def _refused(arguments, tmp_path, capsys, words):

@@ -11,6 +11,6 @@ The splits are "train", "validation" (cut from the set's own train split) and "t
 
 from mpq_jax.data.batches import eval_batches, train_batches
 from mpq_jax.data.opening import Dataset, open_dataset
-from mpq_jax.data.own import OwnData, open_own
+from mpq_jax.data.own import OwnData, answered, open_own
 
-__all__ = ["Dataset", "OwnData", "eval_batches", "open_dataset", "open_own", "train_batches"]
+__all__ = ["Dataset", "OwnData", "answered", "eval_batches", "open_dataset", "open_own", "train_batches"]

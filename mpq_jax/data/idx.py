@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     try:
         with gzip.open(path, "rb") as file:
             content = file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise Refusal(f"{path} cannot be read: {error}; get the file again") from None
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise Refusal(f"{path} is no IDX file of unsigned bytes; get the file again")

@@ -16,6 +16,7 @@ from mpq_jax.types import Refusal
 Batch = dict[str, np.ndarray]
 WANTED = '{"train": {"image": array [N, …], "label": array [N]}, "test": {…}}'
 _EXTRA = ("augment", "num_classes")
+_OURS = {"valid": "what fills up the last one", "teacher": "what distillation compares with"}
 
 
 class OwnData(NamedTuple):
@@ -24,6 +25,7 @@ class OwnData(NamedTuple):
     features: array name -> (shape, dtype) of one example, as batches have it. num_classes: of "label"; None: not known.
     augment(batch, rng) -> batch: changes a training batch, or None.
     sizes, splits: as in `opening.Dataset`.
+    answers: "label" is one of so many classes, from 0 on, whatever reads it; None: what it may be is the model's affair.
     """
 
     name: str
@@ -32,6 +34,7 @@ class OwnData(NamedTuple):
     sizes: dict[str, int]
     augment: Callable[[Batch, np.random.Generator], Batch] | None
     splits: Mapping[str, Split]
+    answers: int | None = None
 
 
 def open_own(
@@ -62,15 +65,13 @@ def open_own(
                 f"{where}: {split} has {_shown(mine)}, train has {_shown(features['train'])}; give both alike"
             )
     train = given["train"]
-    labels = train.get("label") if isinstance(train, Mapping) else None
-    labels = labels if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" else None
     splits = {split: Split(examples, np.arange(count_of(examples))) for split, examples in given.items()}
     if "validation" not in splits:
-        numbers = cut_validation(name, count_of(train), validation_fraction, seed, labels)
+        numbers = cut_validation(name, count_of(train), validation_fraction, seed, _labels(train))
         splits |= {split: Split(train, each) for split, each in zip(("train", "validation"), numbers, strict=True)}
     return OwnData(
         name=name,
-        num_classes=_classes(where, found, given) if "label" in features["train"] else None,
+        num_classes=_classes(where, found, given),
         features=features["train"],
         sizes={split: len(splits[split].numbers) for split in SPLITS},
         augment=changes if augment else None,
@@ -89,9 +90,7 @@ def count_of(examples: Any) -> int:
 def _checked(where: str, split: str, examples: Any) -> Any:
     """Arrays of equal lengths, or the sequence as it is."""
     if isinstance(examples, Mapping):
-        arrays = {
-            str(key): value if isinstance(value, np.ndarray) else np.asarray(value) for key, value in examples.items()
-        }
+        arrays = {str(key): _array(where, split, key, value) for key, value in examples.items()}
         if not arrays:
             raise Refusal(f"{where}: {split} is empty; return {WANTED}")
         if scalar := [key for key, value in arrays.items() if not value.ndim]:
@@ -103,7 +102,11 @@ def _checked(where: str, split: str, examples: Any) -> Any:
             shown = ", ".join(f"{key} {n}" for key, n in lengths.items())
             raise Refusal(f"{where}: the arrays of {split} have different lengths ({shown}); give one example an entry")
     elif hasattr(examples, "__len__") and hasattr(examples, "__getitem__") and not isinstance(examples, (str, bytes)):
-        if isinstance(examples, (tuple, np.ndarray)) or (len(examples) and not isinstance(examples[0], Mapping)):
+        try:
+            first = examples[0] if len(examples) else {}
+        except Exception as error:
+            raise Refusal(f"{where}: {split}[0] cannot be read: {told(error)}; give {WANTED}") from None
+        if isinstance(examples, (tuple, np.ndarray)) or not isinstance(first, Mapping):
             what = (
                 type(examples).__name__ if isinstance(examples, np.ndarray) else f"{type(examples).__name__} of others"
             )
@@ -119,10 +122,25 @@ def _checked(where: str, split: str, examples: Any) -> Any:
     return arrays
 
 
+def _array(where: str, split: str, key: Any, value: Any) -> np.ndarray:
+    try:
+        return value if isinstance(value, np.ndarray) else np.asarray(value)
+    except ValueError:
+        raise Refusal(
+            f"{where}: the examples of {split}[{key!r}] have different shapes; make them alike, or give a sequence of dicts "
+            "that reads each one in the same shape"
+        ) from None
+
+
 def _features(where: str, split: str, examples: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Shape and dtype of one example's arrays, as batches have them."""
     first = {k: v[0] for k, v in examples.items()} if isinstance(examples, Mapping) else examples[0]
     result = {}
+    if taken := [key for key in first if str(key) in _OURS]:
+        raise Refusal(
+            f"{where}: {split} has an array {taken[0]!r}, and batches have one of that name for {_OURS[str(taken[0])]}; "
+            "give it another name"
+        )
     for key, value in first.items():
         array = np.asarray(value)
         if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
@@ -139,17 +157,50 @@ def _batch_type(key: str, dtype: Any) -> Any:
 
 
 def _classes(where: str, found: Mapping[str, Any], given: Mapping[str, Any]) -> int | None:
+    """As given, or one more than the largest label of arrays; None where labels are no classes, or not all to be seen."""
     if "num_classes" in found:
-        return int(found["num_classes"])
-    if not all(isinstance(examples, Mapping) for examples in given.values()):
+        count = found["num_classes"]
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+            raise Refusal(f"{where}: num_classes is {count!r}; give how many classes there are, e.g. 10")
+        return int(count)
+    labels = [_labels(examples) for examples in given.values()]
+    found_all = [each for each in labels if each is not None]
+    if len(found_all) < len(labels) or min(int(each.min()) for each in found_all) < 0:
         return None
-    labels = [examples["label"] for examples in given.values()]
-    if labels[0].dtype.kind not in "iu" or labels[0].ndim > 1:
-        return None
-    low = min(int(each.min()) for each in labels)
-    if low < 0:
-        raise Refusal(f'{where}: a "label" is {low}; number classes from 0')
-    return 1 + max(int(each.max()) for each in labels)
+    return 1 + max(int(each.max()) for each in found_all)
+
+
+def _labels(examples: Any) -> np.ndarray | None:
+    """Integer labels [N] of arrays; None: there are none."""
+    labels = examples.get("label") if isinstance(examples, Mapping) else None
+    return labels if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" else None
+
+
+def answered(dataset: Any, answers: int) -> Any:
+    """The data (Dataset or OwnData) for a model that gives so many logits: each label must have one.
+
+    Raises Refusal where one has none: of arrays now, of a sequence when it is read.
+    """
+    if not isinstance(dataset, OwnData):
+        if dataset.num_classes > answers:
+            raise Refusal(
+                f"{dataset.name} has {dataset.num_classes} classes, and the model gives {answers} logits; give it one for each"
+            )
+        return dataset
+    dataset = dataset._replace(answers=min(answers, dataset.num_classes or answers))
+    for split in SPLITS:
+        if (labels := _labels(dataset.splits[split].records)) is not None:
+            _check_labels(dataset, labels)
+    return dataset
+
+
+def _check_labels(dataset: OwnData, labels: np.ndarray) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if dataset.answers is not None and (low < 0 or high >= dataset.answers):
+        raise Refusal(
+            f'--data {dataset.name}: a "label" is {low if low < 0 else high}, and there are {dataset.answers} classes, '
+            f"numbered from 0 to {dataset.answers - 1}; number the labels so, or give the model an output for each"
+        )
 
 
 def _shown(features: Mapping[str, tuple[tuple[int, ...], Any]]) -> str:
@@ -172,6 +223,8 @@ def training_batch(
         changed = dataset.augment(batch, generator(seed, step * process_count + process_index))
     except Exception as error:
         raise Refusal(f"augment of --data {dataset.name} failed: {told(error)}") from None
+    if not isinstance(changed, Mapping):
+        raise Refusal(f"augment of --data {dataset.name} returned {type(changed).__name__}; return the batch")
     mine = {key: (np.shape(value)[1:], _batch_type(key, np.asarray(value).dtype)) for key, value in changed.items()}
     if mine != dict(dataset.features) or any(len(v) != len(positions) for v in changed.values()):
         raise Refusal(
@@ -205,4 +258,7 @@ def _gathered(dataset: OwnData, split: Split, numbers: np.ndarray) -> Batch:
                 f"--data {dataset.name}: example {number} has {_shown(mine)}, the first has {_shown(dataset.features)}; "
                 "all examples must be alike"
             )
-    return {key: np.stack([np.asarray(e[key], dtype) for e in each]) for key, (_, dtype) in dataset.features.items()}
+    batch = {key: np.stack([np.asarray(e[key], dtype) for e in each]) for key, (_, dtype) in dataset.features.items()}
+    if "label" in batch:
+        _check_labels(dataset, batch["label"])
+    return batch

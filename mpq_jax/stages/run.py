@@ -58,10 +58,18 @@ def open_run(config: Config, workdir: Path) -> Run:
     sliced(config.joint, len(row_names(model, config.joint)))  # refuses now what joint training would refuse later
     variables = build.float_variables(config, source, model, dataset.features)
     task = task_of(source)
+    example = build.example(source, dataset.features)
+    outputs = jax.eval_shape(lambda v, x: model.apply(v, None, *x, **task.eval_kwargs), variables, example)
     if config.joint.distill or config.finetune.distill:  # refuses now what has none
-        example = build.example(source, dataset.features)
-        logits_of(jax.eval_shape(lambda v, x: model.apply(v, None, *x, **task.eval_kwargs), variables, example))
-    return Run(
+        logits_of(outputs)
+    if source.loss is None:
+        dataset = data.answered(dataset, logits_of(outputs).shape[-1])
+    if not dataset.sizes["validation"]:
+        raise Refusal(
+            "the validation split is empty, and searches and reports need it; give --data.validation_fraction a share "
+            "of train, e.g. 0.1"
+        )
+    opened = Run(
         config,
         workdir,
         dataset,
@@ -73,6 +81,24 @@ def open_run(config: Config, workdir: Path) -> Run:
         sinks=sinks,
         layout=layout,
     )
+    _check_steps(opened)
+    return opened
+
+
+def _check_steps(run: Run) -> None:
+    """Refuses, of whatever stage, settings under which nothing would be trained."""
+    for name in ("pretrain", "joint", "finetune"):
+        settings = getattr(run.config, name)
+        if name == "pretrain" and (run.source.is_trained or run.config.model.weights):
+            continue
+        if not settings.steps and not settings.epochs:
+            raise Refusal(f"{name}.steps and {name}.epochs are both 0; give one of them")
+        steps, accumulate = steps_of(settings, run), getattr(settings, "accumulate", 1)
+        if accumulate > steps:
+            raise Refusal(
+                f"{name}.accumulate is {accumulate}, and {name} has {steps} steps: no update would be made; give at most "
+                f"--{name}.accumulate {steps}"
+            )
 
 
 def _check_layout(config: Config, layout: parallel.Layout, model: QuantizedModel) -> None:

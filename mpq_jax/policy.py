@@ -78,6 +78,18 @@ def tied_candidates(layers: Sequence[Layer], activation_bit_widths: Sequence[int
     return result
 
 
+def completed(
+    policy: Policy, layers: Sequence[Layer], bit_widths: Sequence[int], activation_bit_widths: Sequence[int]
+) -> dict[str, Bits]:
+    """The policy with the fixed layers in it, its bits plain numbers. Raises Refusal as `validate` does."""
+    plain = {
+        path: Bits(tuple(int(b) for b in np.asarray(bits.w)) if np.ndim(bits.w) else int(bits.w), int(bits.a))
+        for path, bits in policy.items()
+    }
+    validate(plain, layers, bit_widths, activation_bit_widths, "the policy")
+    return {**{layer.path: layer.bits for layer in layers if layer.bits is not None}, **plain}
+
+
 def validate(
     policy: Policy,
     layers: Sequence[Layer],

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mpq_jax.float_model import FloatModel
@@ -48,6 +49,15 @@ def logits_of(outputs: Any) -> Any:
             '--joint.distill and --finetune.distill to 0, take another criterion, or name an output "logits"'
         )
     return found
+
+
+def answer_of(structure: Any) -> int:
+    """Which leaf of a model's outputs is its answer: the logits, else the first there is. structure: of jax.tree."""
+    places = jax.tree.unflatten(structure, [np.asarray(i) for i in range(structure.num_leaves)])
+    try:
+        return int(logits_of(places))
+    except Refusal:
+        return 0
 
 
 def classification(

@@ -76,6 +76,23 @@ class Turned(nn.Module):
         return nn.Dense(3, name="head")(x[:, -1])
 
 
+class Half(nn.Module):
+    """Parameters in float32, products in bfloat16, as mixed-precision training has it; a stack along another axis."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(4, (3, 3), dtype=jnp.bfloat16, name="conv")(x)).mean((1, 2))
+
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + jnp.tanh(nn.Dense(4, dtype=jnp.float32, name="dense")(x)), None
+
+        blocks = nn.scan(Block, variable_axes={"params": 1}, split_rngs={"params": True}, length=5)
+        x, _ = blocks(name="blocks")(x.astype(jnp.float32), None)
+        return nn.Dense(3, dtype=jnp.bfloat16, name="head")(x)
+
+
 class Nnx(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
@@ -124,11 +141,13 @@ def uneven(variables: Any, seed: int = 2) -> Any:
 
 @functools.cache
 def case(net: str = "net", quantizer: str = "lsq", by_channel: bool = False, seed: int = 0, **options: Any) -> Case:
-    """net: "net", "stack", "tied", "turned" or "nnx". by_channel: weight bits per output channel where a layer can have them."""
+    """net: "net", "stack", "tied", "turned", "half" or "nnx". by_channel: weight bits per output channel where a layer can have them."""
     images: np.ndarray = IMAGES
     if net == "tied":
         images = np.random.default_rng(0).integers(0, 7, (12, 5)).astype(np.int32)
-    module: Any = {"net": Net, "stack": Stack, "tied": Tied, "turned": Turned}.get(net, lambda: Nnx(nnx.Rngs(0)))()
+    module: Any = {"net": Net, "stack": Stack, "tied": Tied, "turned": Turned, "half": Half}.get(
+        net, lambda: Nnx(nnx.Rngs(0))
+    )()
     kwargs = {} if net == "nnx" else {"train": False}
     chosen = QUANTIZERS[quantizer]
     # LQ-Nets' levels are worked out one by one: eight bits of them take seconds.

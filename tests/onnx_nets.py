@@ -52,8 +52,10 @@ def normalised(quantized: QuantizedModel, variables: Any, x: np.ndarray) -> Any:
 
 
 def policy_of(quantized: QuantizedModel, bits: Any) -> Policy:
-    """bits: of every layer that is searched, or a function of its place."""
-    return {
-        layer.path: layer.bits or (Bits(*bits) if isinstance(bits, tuple) else bits(i))
-        for i, layer in enumerate(quantized.layers)
-    }
+    """bits: of every layer that is searched, or a function of its place; readers of one tensor have the first one's for it."""
+    policy: dict[str, Bits] = {}
+    shared: dict[str, int] = {}
+    for i, layer in enumerate(quantized.layers):
+        drawn = layer.bits or (Bits(*bits) if isinstance(bits, tuple) else bits(i))
+        policy[layer.path] = drawn._replace(a=shared.setdefault(layer.tied or layer.path, drawn.a))
+    return policy

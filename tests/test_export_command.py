@@ -8,7 +8,7 @@ import pytest
 
 import search
 import train
-from mpq_jax.export import packed
+from mpq_jax.export import packed, replay
 from mpq_jax.export.__main__ import main
 from mpq_jax.pipeline import finetuned
 from mpq_jax.workdir import load_config
@@ -85,9 +85,31 @@ def test_file_holds_the_fine_tuned_weights(run, written):
     assert (written / "model.h").read_text().count("_codes[") == len(file.layers)
 
 
+def test_what_integers_cannot_hold_is_run_fake_quantized(run, written, capsys, monkeypatch):
+    """Sums beyond int32, or levels from a table: the file is written, compared and measured all the same, and it is said."""
+    whole = ["--evaluate", str(written / "model.safetensors"), "--check", "all", "--model.name", "made_models:dense"]
+    assert main(whole) == 0
+    integers = capsys.readouterr().out
+    monkeypatch.setattr(replay, "largest_sum", lambda *_: 2**31)
+    monkeypatch.setattr(replay, "integer", None)
+    assert main(["--workdir", str(run), "--out", str(run / "wide"), "--formats", "packed,stablehlo"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "note: not run with integers: layer 'dense0' can come to sums of 2.15e+09, which int32 does not hold\n" in shown
+    )
+    assert "exact=True" not in shown and (run / "wide" / "model.stablehlo").is_file()
+    assert "the file fake-quantized against fake-quantized: 0 of" in shown
+    assert main(whole) == 0
+    shown = capsys.readouterr().out
+    right = [re.search(r"([\d,]+) of 355 right", text)[1] for text in (integers, shown)]
+    assert "(the file fake-quantized, " in shown and "(integers, " in integers
+    assert abs(int(right[0]) - int(right[1])) <= 1
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        (["--workdir", "RUN", "--check", "²"], "a number, or all"),
         ([], "either --workdir"),
         (["--workdir", "RUN", "--evaluate", "x"], "either --workdir"),
         (["--workdir", "RUN", "--formats", "packd"], "choose of packed"),

@@ -147,6 +147,21 @@ def test_step_sizes_that_were_never_fitted_are_refused():
         graph(found.model, broken, found.policy, found.images, **found.kwargs)
 
 
+def test_policies_are_those_of_the_model():
+    """What apply would not understand is refused; fixed layers may be left out, numbers may be NumPy's."""
+    found = case()
+    left_out = {path: bits for path, bits in found.policy.items() if path not in ("stem", "head")}
+    numpys = {path: Bits(np.int64(bits.w), np.int64(bits.a)) for path, bits in left_out.items()}
+    for own in (left_out, numpys):
+        network = graph(found.model, found.variables, own, found.images, **found.kwargs)
+        assert {node.product.path: node.product.bits for node in network.products} == dict(found.policy)
+    wrong = [({"conv": Bits(9, 4)}, "9 weight bits"), ({"cnov": Bits(4, 4)}, "does not have .*'conv'")]
+    wrong += [({"conv": Bits((2,) * 5, 4)}, "5 output channels"), ({"conv": Bits(32, 4)}, "32 weight bits")]
+    for other, words in wrong:
+        with pytest.raises(Refusal, match=words):
+            graph(found.model, found.variables, {**found.policy, **other}, found.images, **found.kwargs)
+
+
 def test_float_layers_stay_float():
     found = case(rules=(("conv", "float"),))
     assert found.policy["conv"] == Bits(32, 32)

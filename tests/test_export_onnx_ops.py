@@ -63,6 +63,10 @@ OPERATIONS = {
     "outer": lambda x: jnp.einsum("bi,bj->bij", x[:, 0, 0], x[:, 1, 1]),
     "constant product": lambda x: x @ jnp.arange(6.0).reshape(3, 2),
     "turned and added": lambda x: x.transpose(0, 3, 1, 2) * 2 + x.transpose(0, 3, 1, 2)[:, ::-1],
+    "no axes": lambda x: jnp.sum(x, axis=()) + jnp.any(x > 0, axis=()),
+    "clipped place": lambda x: jnp.take(x, 9, axis=3, mode="clip"),
+    "narrow types": lambda x: (300 * x).astype(jnp.int8).astype(jnp.int32) + (300 * x).astype(jnp.uint8),
+    "as precise": lambda x: jax.lax.reduce_precision(x, 8, 23),
     "types": lambda x: (x * 3).astype(jnp.int32) // 1 + (x > 0).astype(jnp.int32),
 }  # fmt: skip
 
@@ -179,10 +183,17 @@ class Inner(nn.Module):
             return jax.lax.dynamic_slice(x, (0, 0, jnp.int32(x[0, 0, 0, 0]), 0), (1, 1, 2, 4))
         if self.operation == "gather":
             return jnp.take_along_axis(x, x.argmax(2, keepdims=True), axis=2)
+        if self.operation == "gather at":
+            return jnp.take(x, 9, axis=3)
+        if self.operation == "reduce_precision":
+            return jax.lax.reduce_precision(x, 8, 3)
         return x.cumprod(1) if self.operation == "cumprod" else x.astype(jnp.bfloat16)
 
 
-@pytest.mark.parametrize("operation", ["sort", "dynamic_slice", "gather", "convert_element_type", "cumprod"])
+REFUSED = ("sort", "dynamic_slice", "gather", "convert_element_type", "cumprod", "gather at", "reduce_precision")
+
+
+@pytest.mark.parametrize("operation", REFUSED)
 def test_an_operation_without_a_form_is_named_with_its_module(operation):
     model = Refused(operation)
     quantized, variables = calibrated(model, X, bit_widths=(4, 8))
@@ -190,3 +201,10 @@ def test_an_operation_without_a_form_is_named_with_its_module(operation):
         export.standard(quantized, variables, policy_of(quantized, (4, 4)), SHAPE)
     assert re.search(operation, str(refusal.value)) and "block" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_layers_in_half_precision_are_refused(dtype):
+    quantized, variables = calibrated(nn.Dense(3, dtype=dtype), X, bit_widths=(4, 8))
+    with pytest.raises(Refusal, match="float16, which the files have no numbers of; make the model with dtype float32"):
+        export.standard(quantized, variables, policy_of(quantized, (8, 8)), SHAPE)

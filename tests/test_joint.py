@@ -65,7 +65,7 @@ def test_the_state_of_a_moving_average_can_be_given_away(net):
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
 def test_distillation_leaves_the_labels_a_share(net, weight):
-    with pytest.raises(Refusal, match="weight of distillation is .*; give a number from 0 to 1"):
+    with pytest.raises(Refusal, match=r"weight of distillation is .*; give a number from 0 to 1"):
         joint.make_step(net[0], TASK, SGD, distill=joint.Distill(weight))
 
 

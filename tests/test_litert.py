@@ -105,23 +105,28 @@ def test_without_the_converter(monkeypatch):
         litert.converted("module {}")
 
 
+def ran(file, x):
+    """What LiteRT's interpreter gives for x: an array, or a list of them."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_content=file.content)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], np.asarray(x))
+    interpreter.invoke()
+    found = [interpreter.get_tensor(each["index"]) for each in interpreter.get_output_details()]
+    return found if len(found) > 1 else found[0]
+
+
 @needs_litert
 @pytest.mark.parametrize(
     "quantizer", [lsq(), lsq(per_channel=True), pact(), qil()], ids=["lsq", "channel", "pact", "qil"]
 )
 def test_interpreter_gives_what_apply_gives(quantizer):
-    from ai_edge_litert.interpreter import Interpreter
-
     model, variables, policy = made(quantizer)
     file = litert.litert(model, variables, policy, IMAGES.shape[1:], batch=2)
     assert not file.in_float
-    interpreter = Interpreter(model_content=file.content)
-    interpreter.allocate_tensors()
-    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], np.asarray(IMAGES))
-    interpreter.invoke()
     expected = outputs(model, variables, policy)
-    out = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
-    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(ran(file, IMAGES), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
 @needs_litert
@@ -133,6 +138,61 @@ def test_file_is_as_small_as_its_codes():
     file = litert.litert(model, variables, policy, (200,))
     codes = 200 * 160 + 160 * 120 // 2 + 120 * 10
     assert not file.in_float and codes < len(file.content) < codes + 16_000
+
+
+class Up(nn.Module):
+    """Transposed convolutions of two axes, of strides and paddings that the converter knows and that it does not."""
+
+    @nn.compact
+    def __call__(self, x):
+        return [
+            nn.ConvTranspose(3, (3, 3), strides=(2, 2), name="same")(x),
+            nn.ConvTranspose(3, (3, 2), strides=(2, 3), padding="VALID", name="valid")(x),
+            nn.ConvTranspose(3, (3, 3), strides=(2, 2), padding=((1, 1), (2, 2)), name="own")(x),
+            nn.ConvTranspose(3, (4, 2), strides=(3, 4), transpose_kernel=True, name="turned")(x),
+        ]
+
+
+@needs_litert
+def test_transposed_convolutions():
+    model, variables, policy = made(lsq(), Up())
+    file = litert.litert(model, variables, policy, IMAGES.shape[1:], batch=2)
+    expected = [np.asarray(y) for y in model.apply(variables, policy, IMAGES)]
+    found = {y.shape: y for y in ran(file, IMAGES)}
+    assert len({y.shape for y in expected}) == len(found) == 4
+    for y in expected:
+        np.testing.assert_allclose(found[y.shape], y, atol=1e-5 * np.abs(y).max())
+
+
+@needs_litert
+@pytest.mark.parametrize("options", [{"kernel_dilation": (2, 2)}, {"padding": ((4, 1), (1, 2))}])
+def test_transposed_convolutions_that_are_refused(options):
+    model, variables, policy = made(lsq(), nn.ConvTranspose(3, (3, 3), strides=(2, 2), **options))
+    with pytest.raises(Refusal, match="LiteRT has no form of its own for a transposed convolution"):
+        litert.litert(model, variables, policy, IMAGES.shape[1:])
+
+
+@needs_litert
+def test_operations_that_its_interpreter_lacks_are_named():
+    class Sorted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jnp.sort(nn.Dense(4, name="a")(x))
+
+    model, variables, policy = made(lsq(), Sorted(), jnp.ones((1, 3)))
+    with pytest.raises(
+        Refusal, match=r"no form of its own for stablehlo\.compare, stablehlo\.sort; use stablehlo or ONNX"
+    ):
+        litert.litert(model, variables, policy, (3,))
+
+
+@needs_litert
+def test_weights_beyond_16_bits_stay_in_float():
+    """PACT's grid of 16 bits is the odd numbers of 17."""
+    model = quantize(nn.Dense(3, name="a"), jnp.ones((1, 4)), bit_widths=(4, 16), ends=None, quantizer=pact())
+    variables = model.calibrate(nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 4))), jnp.ones((1, 4)))
+    found = litert.litert(model, variables, {layer.path: Bits(16, 4) for layer in model.layers}, (4,))
+    assert len(found.in_float) == 1
 
 
 @needs_litert

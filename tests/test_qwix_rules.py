@@ -52,6 +52,14 @@ def test_which_layers_have_rules():
     assert "int4" in qwix_rules(model, both | {"dense1": Bits(4, 4)}, widths=(8,)).refused["dense1"]
 
 
+def test_policies_are_those_of_the_model():
+    model = quantize(dense(3, (12, 13)), IMAGES, bit_widths=WIDTHS)
+    own = {"dense1": Bits(np.int64(4), np.int64(4))}  # the ends are fixed
+    assert len(qwix_rules(model, own, widths=(8, 4)).rules) == 3
+    with pytest.raises(Refusal, match="3 weight bits; its candidates are 2, 4, 8"):
+        qwix_rules(model, {"dense1": Bits(3, 3)}, widths=(8, 4))
+
+
 def by_absmax(x, axis):
     """Codes of [-127, 127] and scales by Qwix's rule: the largest magnitude is 127.5 steps. float64."""
     scale = np.abs(x).max(axis, keepdims=True) / 127.5

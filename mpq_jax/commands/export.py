@@ -35,7 +35,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     command_line.refuse_misspelt(rest, _OWN, parser.prog)
     if (known.workdir is None) == (known.evaluate is None):
         raise Refusal("give either --workdir (to write files) or --evaluate FILE (to measure one)")
-    if known.check != "all" and not known.check.isdigit():
+    if known.check != "all" and not known.check.isdecimal():
         raise Refusal(f"--check {known.check!r} is no number of images; write a number, or all")
     known.check = None if known.check == "all" else int(known.check)
     known.formats = [name.strip() for name in known.formats.split(",")]

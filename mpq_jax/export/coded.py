@@ -72,9 +72,8 @@ def coded(
     packed: False holds codes of up to 4 bits as int4 or uint4.
     Raises Refusal for a policy of another model, and for variables without the quantizer's leaves.
     """
-    policy.validate(bits, model.layers, model.bit_widths, model.activation_bit_widths, "the policy")
-    fixed = {layer.path: layer.bits for layer in model.layers if layer.bits is not None}
-    arrays = {path: Bits(*(np.asarray(b, np.int32) for b in each)) for path, each in {**fixed, **bits}.items()}
+    bits = policy.completed(bits, model.layers, model.bit_widths, model.activation_bit_widths)
+    arrays = {path: Bits(*(np.asarray(b, np.int32) for b in each)) for path, each in bits.items()}
     calls: dict[tuple[str, int], tuple[Call, tuple[int, ...]]] = {}
 
     def handler(call: Call, lhs: jax.Array, rhs: jax.Array, value: Any) -> tuple[jax.Array, Any]:

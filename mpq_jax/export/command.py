@@ -20,7 +20,7 @@ from mpq_jax.export.fold import fold
 from mpq_jax.export.graph import Graph, graph
 from mpq_jax.files import whole, write_text
 from mpq_jax.pipeline import finetuned
-from mpq_jax.tasks import logits_of
+from mpq_jax.tasks import answer_of
 from mpq_jax.types import Bits, Refusal
 
 BATCH = 250  # images at a time, operation by operation
@@ -177,13 +177,16 @@ def _images(run: stages.Run, limit: int | None) -> Iterator[tuple[np.ndarray, np
 
 
 def check_file(path: Path, run: stages.Run, variables: Any, policy: Any, limit: int | None) -> None:
-    """Runs the file with integers, against the model with exact products and against the ordinary fake-quantized one."""
+    """Runs the file with integers, against the model with exact products and against the ordinary fake-quantized one.
+
+    Where integers cannot hold it, fake-quantized against that.
+    """
     if len(run.source.inputs) != 1:
         print(f"not compared with the model: it has {len(run.source.inputs)} inputs")
         return
     file, shapes, kwargs = packed.load(path), _shapes(run), run.task().eval_kwargs
     structure = _outputs(run)
-    answer = _answer(structure)
+    answer = answer_of(structure)
 
     @functools.cache
     def from_file(count: int) -> Graph:
@@ -194,16 +197,29 @@ def check_file(path: Path, run: stages.Run, variables: Any, policy: Any, limit: 
         made = graph(run.model, variables, policy, *run.example(count), **kwargs)
         return fold(made) if any(entry.get("folded") for entry in file.layers.values()) else made
 
-    for found in replay.inexact(from_file(1)):
-        print(f"note: sums of {found.path} may reach {found.largest:,}: above 2^24 float32 rounds, integers do not")
-    integers = replay.runner(from_file, replay.integer, answer)
-    others = [replay.runner(from_model, how, answer) for how in (replay.exact, replay.fake_quantized)]
-    exact, ordinary = replay.compare(integers, others, _images(run, limit))
-    print(f"integers against exact=True: {_text(exact)}")
-    print(f"integers against fake-quantized: {_text(ordinary)}")
-    for layer, (differ, count) in ordinary.codes.items():
+    how, shown = _arithmetic(from_file(1))
+    against = {"exact=True": replay.exact, "fake-quantized": replay.fake_quantized}
+    if how is not replay.integer:
+        del against["exact=True"]
+    others = [replay.runner(from_model, other, answer) for other in against.values()]
+    compared = replay.compare(replay.runner(from_file, how, answer), others, _images(run, limit))
+    for name, found in zip(against, compared, strict=True):
+        print(f"{shown} against {name}: {_text(found)}")
+    for layer, (differ, count) in compared[-1].codes.items():
         if differ:
             print(f"  {layer}: {differ:,} of {count:,} codes differ")
+
+
+def _arithmetic(network: Graph) -> tuple[replay.Arithmetic, str]:
+    """(how a file's network is run, what that is called): with integers, or where those cannot hold it fake-quantized."""
+    try:
+        rounded = replay.inexact(network)
+    except Refusal as refusal:
+        print(f"note: not run with integers: {str(refusal).partition(';')[0]}")
+        return replay.fake_quantized, "the file fake-quantized"
+    for found in rounded:
+        print(f"note: sums of {found.path} may reach {found.largest:,}: above 2^24 float32 rounds, integers do not")
+    return replay.integer, "integers"
 
 
 def _text(found: replay.Differences) -> str:
@@ -227,15 +243,6 @@ def _outputs(run: stages.Run) -> Any:
     return jax.tree.structure(
         jax.eval_shape(lambda v, x: run.model.apply(v, None, *x, **kwargs), run.variables, run.example())
     )
-
-
-def _answer(structure: Any) -> int:
-    """Which of a graph's outputs is the model's answer: its logits, else the first there is."""
-    places = jax.tree.unflatten(structure, [np.asarray(i) for i in range(structure.num_leaves)])
-    try:
-        return int(logits_of(places))
-    except Refusal:
-        return 0
 
 
 # ---- measuring a file ---------------------------------------------------------------------------------------------
@@ -264,7 +271,9 @@ def config_of(file: packed.File, overrides: Sequence[str]) -> Config:
 
 
 def evaluate(path: Path, overrides: Sequence[str], limit: int | None) -> float:
-    """The accuracy of a packed file on its test set, run with integers. limit: how many images; None: all.
+    """The accuracy of a packed file on its test set, run with integers, or fake-quantized where those cannot hold it.
+
+    limit: how many images; None: all.
 
     Raises Refusal where the model's task calls nothing right.
     """
@@ -279,14 +288,15 @@ def evaluate(path: Path, overrides: Sequence[str], limit: int | None) -> float:
     make = functools.lru_cache(maxsize=4)(
         lambda count: packed.network(file, run.model, shapes, *run.example(count), **task.eval_kwargs)
     )
+    how, shown = _arithmetic(make(1))
     right, examples = 0.0, 0
     for batch in _examples(run, limit):
         inputs = task.inputs(batch)
         network = make(len(inputs[0]))
-        outputs = jax.tree.unflatten(structure, replay.run(network, replay.integer, *inputs))
+        outputs = jax.tree.unflatten(structure, replay.run(network, how, *inputs))
         correct, count = task.correct(outputs, batch)
         right, examples = right + float(correct), examples + int(count)
     print(
-        f"{path}: {right:,.10g} of {examples:,} right, test accuracy {right / examples:.2%} (integers, {path.stat().st_size:,} bytes)"
+        f"{path}: {right:,.10g} of {examples:,} right, test accuracy {right / examples:.2%} ({shown}, {path.stat().st_size:,} bytes)"
     )
     return right / examples

@@ -18,6 +18,7 @@ from mpq_jax.export.encoding import Activation, Weight, encode_activation, encod
 from mpq_jax.interpret import Call
 from mpq_jax.jaxprs import bind, called, loop, outputs_of
 from mpq_jax.layers import MAX_BITS
+from mpq_jax.policy import completed
 from mpq_jax.types import Bits, Policy, QuantizedModel, Refusal
 
 
@@ -27,7 +28,7 @@ class Product(NamedTuple):
     path, leaf: of the layer, and of the parameter that its weight comes from; position: in the leaf's stack, or ().
     bits: of the policy; (32, 32) in float. weight: codes, or None in float. operand: the float weight as it came to the
     product. activation: None in float. side: 0 or 1, which operand the weight is. whole: whether the operand is the leaf
-    itself (at `position`), element by element. affine: (multiplier, offset) that were folded in, broadcasting with the
+    itself (at `position`), element by element, if in another type. affine: (multiplier, offset) that were folded in, broadcasting with the
     output; None: none were.
     """
 
@@ -113,8 +114,11 @@ def graph(
 
     variables: with the quantizer's leaves. inputs: arrays or jax.ShapeDtypeStruct; a leading dimension may be symbolic
     (jax.export.symbolic_shape). packed: where the codes come from; default: the weights in `variables` are encoded.
-    Raises Refusal for a product in a loop whose length is not known, and for grids that are not finite.
+    Raises Refusal for a product in a loop whose length is not known, for grids that are not finite, and for a policy of
+    another model.
     """
+    if policy is not None and packed is None:
+        policy = completed(policy, model.layers, model.bit_widths, model.activation_bit_widths)
     calls: dict[str, Call] = {}
 
     def marking(call: Call, lhs: Any, rhs: Any, _: Any) -> tuple[Any, None]:
@@ -148,6 +152,14 @@ def graph(
 
 def _constants(closed: core.ClosedJaxpr) -> list[Constant]:
     return [Constant(jnp.asarray(c), jnp.shape(c), frozenset()) for c in closed.consts]
+
+
+def _is_whole(leaf: np.ndarray, index: tuple[int, ...], operand: np.ndarray) -> bool:
+    """Whether an operand is the leaf at a place of its first axes: as it is, or in the operand's type."""
+    if any(i >= n for i, n in zip(index, leaf.shape, strict=False)):  # stacked along another axis
+        return False
+    own = leaf[index]
+    return own.shape == operand.shape and bool((own.astype(operand.dtype) == operand).all())
 
 
 def _used(nodes: Sequence[Node], outputs: Iterable[Value | Constant]) -> list[Node]:
@@ -264,7 +276,6 @@ class _Builder:
         operand = np.asarray(weight.full())
         left = spec.in_float[spec.paths.index(path)]
         bits = Bits(32, 32) if left or self.policy is None else self.policy[path]
-        leaf = np.asarray(self.params[call.leaf])[index]
         activation = None if bits.a > MAX_BITS else encode_activation(self.model, spec, self.params, index, int(bits.a))
         encoded = None
         in_float = isinstance(bits.w, int) and bits.w > MAX_BITS
@@ -286,7 +297,7 @@ class _Builder:
             params=call.params,
             side=call.weight_side,
             channel_axes=call.channel_axes,
-            whole=leaf.shape == operand.shape and leaf.dtype == operand.dtype and bool((leaf == operand).all()),
+            whole=_is_whole(np.asarray(self.params[call.leaf]), index, operand),
         )
         self.nodes.append(Node(eqn, (data,), (out,), made, call.where))
         return out

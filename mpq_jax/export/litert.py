@@ -20,6 +20,21 @@ from mpq_jax.export.stablehlo import make_program
 from mpq_jax.jaxprs import bind, called, loop, outputs_of
 from mpq_jax.types import Policy, QuantizedModel, Refusal
 
+# Operators of StableHLO that LiteRT's interpreter has kernels for.
+RUN = (
+    "add",
+    "case",
+    "composite",
+    "gather",
+    "maximum",
+    "minimum",
+    "multiply",
+    "pad",
+    "reduce_window",
+    "scatter",
+    "shift_left",
+)
+TYPES = (4, 8, 16)  # bits of TFLite's integers
 INSTALL = "pip install --no-deps litert-converter"
 
 
@@ -58,9 +73,9 @@ def litert(
     program = make_program(model, variables, codes, sample, **kwargs)
     closed = jax.make_jaxpr(program)(sample)
     exported = export.export(jax.jit(lambda x: straight_line(closed, x)), platforms=("cpu",))(sample)
-    every, tables = integer_weights(codes)
+    every, others = integer_weights(codes)
     content, missed = narrowed(converted(exported.mlir_module()), every)
-    return LiteRT(content, (*tables, *missed))
+    return LiteRT(content, (*others, *missed))
 
 
 def converted(text: str) -> bytes:
@@ -76,23 +91,39 @@ def converted(text: str) -> bytes:
         module = ir.Module.parse(text)
         try:
             converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), converter.ConvertToTFLConfig())
-            return converter.export_flatbuffer_to_bytes(module.operation)
+            content = converter.export_flatbuffer_to_bytes(module.operation)
         except Exception as error:  # bindings raise of every kind; their text is pages of MLIR
             names = sorted(set(re.findall(r"\btf\.\w+|'(?:tfl|stablehlo|chlo)\.\w+'", str(error))))
-            what = ", ".join(names) or " ".join(str(error).split())[:150]
-            raise Refusal(f"LiteRT has no form of its own for {what}; use stablehlo or ONNX") from None
+            raise _no_form(", ".join(names) or " ".join(str(error).split())[:150]) from None
+    if left := _left(content):
+        raise _no_form(", ".join(left))
+    return content
+
+
+def _no_form(what: str) -> Refusal:
+    return Refusal(f"LiteRT has no form of its own for {what}; use stablehlo or ONNX")
+
+
+def _left(content: bytes) -> list[str]:
+    """Operators of a file that the converter has left as StableHLO's, and that LiteRT's interpreter does not run."""
+    from litert_converter import schema_py_generated as schema
+
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.startswith("STABLEHLO_")}
+    used = {each.builtinCode for each in schema.ModelT.InitFromPackedBuf(content, 0).operatorCodes}
+    left = {names[code].removeprefix("STABLEHLO_").lower() for code in used if code in names}
+    return sorted(f"stablehlo.{name}" for name in left - set(RUN))
 
 
 # ---- weights as integers ------------------------------------------------------------------------------------------
 
 
 def integer_weights(codes: Coded) -> tuple[list[IntegerWeight], list[str]]:
-    """The weights of all layers, and the names of those that cannot be: their levels are a table, or layers in float."""
-    found, tables = [], []
+    """The weights of all layers, and the names of those that cannot be: of levels in a table, or wider than 16 bits."""
+    found, others = [], []
     for key, value in codes.values.items():
         name, container, decoding = key if isinstance(key, str) else key[0], codes.containers[key], value["decoding"]
         if decoding.table is not None:
-            tables.append(name)
+            others.append(name)
             continue
         held = value["codes"]
         lead = held.shape[:-1]
@@ -101,10 +132,17 @@ def integer_weights(codes: Coded) -> tuple[list[IntegerWeight], list[str]]:
             scale, offset = np.squeeze(decoding.scale[at]).reshape(-1), decoding.offset[at]
             if np.any(offset):  # an offset of 1/2: the odd numbers on a grid of half the spacing
                 integers, scale = 2 * integers + 1, scale / 2
+            if not _holds(TYPES[-1], integers):
+                others.append(name)
+                continue
             found.append(
                 IntegerWeight(name, (scale if scale.size > 1 else scale.reshape(())).astype(np.float32), integers)
             )
-    return found, tables
+    return found, others
+
+
+def _holds(bits: int, integers: np.ndarray) -> bool:
+    return bool(integers.min() >= -(2 ** (bits - 1)) and integers.max() < 2 ** (bits - 1))
 
 
 def integers_in(values: np.ndarray, weight: IntegerWeight) -> tuple[np.ndarray, int] | None:
@@ -150,7 +188,7 @@ def narrowed(content: bytes, every: Iterable[IntegerWeight]) -> tuple[bytes, lis
 def _replace(model: Any, schema: Any, index: int, integers: np.ndarray, axis: int, scale: np.ndarray) -> None:
     """Tensor `index` of the graph becomes the output of a DEQUANTIZE of a new constant."""
     graph, tensor = model.subgraphs[0], model.subgraphs[0].tensors[index]
-    bits = next(b for b in (4, 8, 16) if integers.min() >= -(2 ** (b - 1)) and integers.max() < 2 ** (b - 1))
+    bits = next(b for b in TYPES if _holds(b, integers))
     buffer = schema.BufferT()
     buffer.data = np.frombuffer(contained(integers.reshape(1, -1), bits, True).tobytes(), np.uint8)
     model.buffers.append(buffer)
@@ -183,6 +221,26 @@ def _replace(model: Any, schema: Any, index: int, integers: np.ndarray, axis: in
 # ---- a program without loops --------------------------------------------------------------------------------------
 
 
+def _transposed(eqn: Any, ins: Sequence[Any]) -> list[Any]:
+    """A transposed convolution with the padding that jax.lax has for "VALID", cut to what it is with its own.
+
+    The converter (0.5) makes something else of other paddings, "SAME" with a stride of one less than the kernel among them,
+    and of dilated ones. Raises Refusal for what cannot be had so.
+    """
+    p, strides = eqn.params, eqn.params["lhs_dilation"]
+    numbers = p["dimension_numbers"]
+    kernel = [eqn.invars[1].aval.shape[axis] for axis in numbers.rhs_spec[2:]]
+    valid = [(k - 1, max(k, s) - 1) for k, s in zip(kernel, strides, strict=True)]
+    cut = [(a - b, c - d) for (a, c), (b, d) in zip(valid, p["padding"], strict=True)]
+    if len(strides) != 2 or any(n != 1 for n in (*p["rhs_dilation"], *p["window_strides"])) or min(map(min, cut)) < 0:
+        raise _no_form("a transposed convolution with dilation, or with wide padding, or of other than two axes")
+    out = eqn.primitive.bind(*ins, **{**p, "padding": tuple(valid)})
+    start, stop = [0] * out.ndim, list(out.shape)
+    for axis, (first, last) in zip(numbers.out_spec[2:], cut, strict=True):
+        start[axis], stop[axis] = first, out.shape[axis] - last
+    return [jax.lax.slice(out, start, stop)]
+
+
 def straight_line(closed: core.ClosedJaxpr, *arguments: Any) -> Any:
     """The jaxpr's outputs, with calls and loops of known length written out and what depends on constants worked out.
 
@@ -208,4 +266,6 @@ def _equation(eqn: Any, ins: list[Any]) -> list[Any]:
     if known and name != "optimization_barrier":
         with jax.ensure_compile_time_eval():
             return bind(eqn, ins)
+    if name == "conv_general_dilated" and any(n != 1 for n in eqn.params["lhs_dilation"]):
+        return _transposed(eqn, ins)
     return bind(eqn, ins)

@@ -94,6 +94,11 @@ def _written(
         w.input = value
     for node in graph_.nodes:
         w.where = "" if " " in node.where else node.where
+        narrow = [str(out.dtype) for out in node.outputs if str(out.dtype) in ("bfloat16", "float16")]
+        if narrow:  # scales are float32, which QuantizeLinear wants of its data too
+            raise w.refuse(
+                node, f"{narrow[0]}, which the files have no numbers of", "make the model with dtype float32"
+            )
         if node.product is not None or node.name in CONTRACTIONS:
             write_product(w, node, form)
         else:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from mpq_jax.export.graph import Constant, Node, Value
@@ -166,6 +167,8 @@ def gather(w: Writer, node: Node) -> None:
     for axis, column in zip(axes, columns, strict=True):
         if isinstance(column, np.ndarray) and (column == column.flat[0]).all():
             start[axis] = min(max(int(column.flat[0]), 0), x.shape[axis] - sizes[axis])
+            if start[axis] != column.flat[0] and node.eqn.params["mode"] != jax.lax.GatherScatterMode.CLIP:
+                raise w.refuse(node, f"places outside of an axis of length {x.shape[axis]}", "index inside of it")
             stop[axis] = start[axis] + sizes[axis]
         else:
             moving.append((axis, column))
@@ -219,6 +222,9 @@ def reduce(w: Writer, node: Node) -> None:
     """Sum, largest, least or product over axes, in the order that the tensor is stored in."""
     name, order = _stored(w, node.inputs[0])
     axes = node.eqn.params["axes"]
+    if not axes:  # which ONNX takes for all
+        w.put(node.outputs[0], name, order)
+        return
     left = [a for a in order if a not in axes]
     places = sorted(order.index(a) for a in axes)
     w.put(node.outputs[0], w.reduce(REDUCTIONS[node.name], name, places), [sorted(left).index(a) for a in left])
@@ -226,6 +232,9 @@ def reduce(w: Writer, node: Node) -> None:
 
 def reduce_logical(w: Writer, node: Node) -> None:
     """All or any over axes: ONNX reduces numbers only, so by way of int32."""
+    if not node.eqn.params["axes"]:
+        w.put(node.outputs[0], w.full(node.inputs[0]))
+        return
     numbers = w.emit("Cast", w.full(node.inputs[0]), to=element_type("int32"))
     op = "ReduceMin" if node.name == "reduce_and" else "ReduceMax"
     reduced = w.reduce(op, numbers, node.eqn.params["axes"])

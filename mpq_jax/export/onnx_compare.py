@@ -11,6 +11,7 @@ import numpy as np
 from mpq_jax.export import replay
 from mpq_jax.export.graph import Graph, graph
 from mpq_jax.export.onnx_writer import CODES, helper, onnx
+from mpq_jax.tasks import answer_of
 from mpq_jax.types import Policy, QuantizedModel, Refusal
 
 CLOSE = 1e-4  # of the largest logit
@@ -55,7 +56,7 @@ def compare(
     A code differs where a value lies so near the middle of two levels that the order in which float32 sums were taken
     decides: convolutions and means sum in another order, and BatchNorm's factors may be multiplied into a kernel first.
     JAX's codes are those of a run operation by operation. onnxruntime's are read in a second run with all of them as
-    outputs, which may leave its optimisations less to do.
+    outputs, which may leave its optimisations less to do. Of several outputs the logits are compared, or else the first.
     """
     images = np.asarray(images, np.float32)
     batch = min(batch, len(images))
@@ -63,8 +64,10 @@ def compare(
     def made(n: int) -> Graph:
         return graph(model, variables, policy, jax.ShapeDtypeStruct((n, *images.shape[1:]), jnp.float32), **kwargs)
 
-    run = replay.runner(made, replay.fake_quantized)
-    apply = jax.jit(lambda x: model.apply(variables, policy, x, **kwargs))
+    like = jax.ShapeDtypeStruct((batch, *images.shape[1:]), jnp.float32)
+    answer = answer_of(jax.tree.structure(jax.eval_shape(lambda x: model.apply(variables, policy, x, **kwargs), like)))
+    run = replay.runner(made, replay.fake_quantized, answer)
+    apply = jax.jit(lambda x: jax.tree.leaves(model.apply(variables, policy, x, **kwargs))[answer])
     record = {name: (path, order) for name, (path, order) in json.loads(_metadata(proto)[CODES]).items()}
     sessions = {
         level: (_session(proto, level), _session(_with_codes(proto, list(record)), level)) for level in ("off", "on")
@@ -80,7 +83,9 @@ def compare(
         expected = [codes[: len(taken)] for _, codes in run(x)[1]]
         total += sum(codes.size for codes in expected)
         for level, (plain, telling) in sessions.items():
-            logits[level].append(plain.run(None, {plain.get_inputs()[0].name: taken})[0])
+            logits[level].append(plain.run(None, {plain.get_inputs()[0].name: taken})[answer])
+            if not record:
+                continue
             found = telling.run([f"{name}_int32" for name in record], {telling.get_inputs()[0].name: taken})
             for i, ((_, order), theirs, ours) in enumerate(zip(record.values(), found, expected, strict=True)):
                 flips[level][i] += int((theirs.reshape(-1) != ours.transpose(order).reshape(-1)).sum())

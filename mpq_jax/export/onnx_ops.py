@@ -20,7 +20,7 @@ SAME = {
     **{"and": "And", "or": "Or", "xor": "Xor"},
 }
 LOGICAL = ("and", "or", "xor", "not")
-IDENTITIES = ("stop_gradient", "copy", "copy_p", "optimization_barrier", "sharding_constraint", "reduce_precision")
+IDENTITIES = ("stop_gradient", "copy", "copy_p", "optimization_barrier", "sharding_constraint")
 
 
 def write(w: Writer, node: Node) -> None:
@@ -107,9 +107,20 @@ def _dtype(x: Value | Constant) -> Any:
 
 def _convert(w: Writer, node: Node, x: str) -> str:
     before, after = np.dtype(_dtype(node.inputs[0])), np.dtype(node.eqn.params["new_dtype"])
-    if after.name == "bfloat16":
-        raise w.refuse(node, "bfloat16, which onnxruntime has few kernels for", "make the model with dtype float32")
-    return x if before == after else w.emit("Cast", x, to=element_type(after.name))
+    if before == after:
+        return x
+    if before.kind == "f" and after.kind in "iu" and after.itemsize <= 2:
+        # What is out of range goes to its end, in ONNX round and round.
+        ends = (w.constant(np.asarray(n, before)) for n in (np.iinfo(after).min, np.iinfo(after).max))
+        x = w.emit("Clip", x, *ends)
+    return w.emit("Cast", x, to=element_type(after.name))
+
+
+def _reduce_precision(w: Writer, node: Node) -> None:
+    kept, params = jax.numpy.finfo(node.outputs[0].dtype), node.eqn.params
+    if params["exponent_bits"] < kept.nexp or params["mantissa_bits"] < kept.nmant:
+        raise w.refuse(node, "numbers of fewer bits", "leave out lax.reduce_precision, or export it as StableHLO")
+    _alias(w, node.inputs[0], node.outputs[0])
 
 
 def _is_finite(w: Writer, node: Node, x: str) -> str:
@@ -131,6 +142,7 @@ OPERATIONS: dict[str, Callable[[Writer, Node], None]] = {
     "select_n": _elementwise(_select),
     "convert_element_type": _elementwise(_convert),
     "is_finite": _elementwise(_is_finite),
+    "reduce_precision": _reduce_precision,
     "transpose": axes.transpose,
     "reshape": axes.reshape,
     "broadcast_in_dim": axes.broadcast,

@@ -32,7 +32,7 @@ from mpq_jax.types import Bits, Decoding, QuantizedModel, Refusal
 
 FORMAT, VERSION = "mpq-packed", "1"
 MADE_BY = "python -m mpq_jax.export --workdir …"
-LARGEST_HEADER = 64 * 1024
+LARGEST_HEADER = 16 * 2**20
 MOST_AXES = 5  # of a weight whose axes are looked for in another order
 
 
@@ -70,7 +70,7 @@ def save(path: str | Path, network: Graph, quantizer: str, variables: Any, confi
     """Writes the file, whole or not at all. -> its sizes
 
     network: of one sample; folded or not. variables: that it was made with. config: of the run, JSON.
-    Raises Refusal for a model whose header would pass 64 KiB.
+    Raises Refusal for a model whose header would pass 16 MiB: some 20,000 layers.
     """
     tensors: dict[str, np.ndarray] = {}
     layers: list[dict[str, Any]] = []
@@ -309,8 +309,31 @@ def restore(file: File, model: QuantizedModel, shapes: Any) -> tuple[dict[str, A
     shapes: the variables' shapes, with the quantizer's leaves (jax.eval_shape of `model.calibrate`). Weights hold the values that
     their codes stand for; run them as they are, with  apply(variables, policy, x, float_bits=True)  and weight bits of 32.
     What the file does not hold is NaN: nothing reads it.
-    Raises Refusal for a file of another model.
+    Raises Refusal for a file of another model, and for one that no parameters can stand for: with layers that others are
+    folded into, with weights that the model makes of a parameter, or that are a parameter that something else reads as it was.
     """
+    for path, entry in file.layers.items():
+        if (why := _no_parameter(file, path, entry)) is not None:
+            raise Refusal(
+                f"no parameters can stand for {file.path}: layer {path!r} {why}; run the file with "
+                "mpq_jax.export.packed.network and replay.run"
+            )
+    return _own_or_refused(file, model, shapes)
+
+
+def _no_parameter(file: File, path: str, entry: Mapping[str, Any]) -> str | None:
+    """Why a layer's parameter cannot hold what its codes stand for; None where it can."""
+    kept = f"params/{entry['leaf']}" in file.tensors
+    if entry.get("folded"):
+        return "has what follows it folded in"
+    if kept and file.get(path, "bits") is not None:
+        return "has a parameter that something else reads as it was"
+    if entry["layout"] != "leaf" and not kept:
+        return "has a weight that the model makes of its parameter"
+    return None
+
+
+def _own_or_refused(file: File, model: QuantizedModel, shapes: Any) -> tuple[dict[str, Any], dict[str, Bits]]:
     try:
         return _restored(file, model, shapes)
     except (KeyError, IndexError, ValueError, TypeError) as error:
@@ -381,7 +404,7 @@ def values(file: File, path: str) -> np.ndarray:
 
 def network(file: File, model: QuantizedModel, shapes: Any, *inputs: Any, **kwargs: Any) -> Graph:
     """The graph of a packed file, for `replay.run`; folded where the file is. inputs: as `graph.graph` takes them."""
-    variables, policy = restore(file, model, shapes)
+    variables, policy = _own_or_refused(file, model, shapes)
     folded = any(entry.get("folded") for entry in file.layers.values())
 
     def weight(path: str, operand: np.ndarray) -> Weight | np.ndarray:

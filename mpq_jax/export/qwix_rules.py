@@ -19,6 +19,7 @@ from flax import linen
 
 from mpq_jax import flax_seam
 from mpq_jax.layers import LayerSpec
+from mpq_jax.policy import completed
 from mpq_jax.types import Bits, Policy, QuantizedModel, Refusal
 
 TYPES = {8: "int8", 4: "int4"}
@@ -66,8 +67,10 @@ def qwix_rules(model: QuantizedModel, policy: Policy, widths: Collection[int] | 
     """The rules for layers whose weights and activations are both at 8, or both at 4, bits.
 
     widths: those of 8 and 4 to make rules for; None: those that the default device can multiply. CPUs have no int4.
+    Raises Refusal for a policy of another model.
     """
     widths = device_widths() if widths is None else tuple(widths)
+    policy = completed(policy, model.layers, model.bit_widths, model.activation_bit_widths)
     result = QwixRules({}, {})
     for leaf, spec in model.specs.items():
         module = _module(leaf)

@@ -63,6 +63,7 @@ OPERATIONS = {
     "outer": lambda x: jnp.einsum("bi,bj->bij", x[:, 0, 0], x[:, 1, 1]),
     "constant product": lambda x: x @ jnp.arange(6.0).reshape(3, 2),
     "turned and added": lambda x: x.transpose(0, 3, 1, 2) * 2 + x.transpose(0, 3, 1, 2)[:, ::-1],
+    "tiled": lambda x: jnp.tile(x, (1, 2, 1, 3)),
     "no axes": lambda x: jnp.sum(x, axis=()) + jnp.any(x > 0, axis=()),
     "clipped place": lambda x: jnp.take(x, 9, axis=3, mode="clip"),
     "narrow types": lambda x: (300 * x).astype(jnp.int8).astype(jnp.int32) + (300 * x).astype(jnp.uint8),

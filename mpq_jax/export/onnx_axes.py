@@ -64,6 +64,11 @@ def concatenate(w: Writer, node: Node) -> None:
     w.put(node.outputs[0], w.emit("Concat", *names, axis=order.index(node.eqn.params["dimension"])), order)
 
 
+def tile(w: Writer, node: Node) -> None:
+    """Repeats along axes."""
+    w.put(node.outputs[0], w.emit("Tile", w.full(node.inputs[0]), w.integers(node.eqn.params["reps"])))
+
+
 def stack(w: Writer, node: Node) -> None:
     """Along a new axis."""
     axis = node.eqn.params["axis"]

@@ -149,6 +149,7 @@ OPERATIONS: dict[str, Callable[[Writer, Node], None]] = {
     "squeeze": axes.squeeze,
     "concatenate": axes.concatenate,
     "stack": axes.stack,
+    "tile": axes.tile,
     "split": axes.split,
     "slice": axes.slice_,
     "dynamic_slice": axes.dynamic_slice,

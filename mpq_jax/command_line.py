@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -33,10 +34,16 @@ def command(function: Callable[[Sequence[str] | None], int]) -> Callable[..., in
         try:
             with stopping.on_sigterm():
                 compilation_cache.switch_on()
-                return function(argv)
+                code = function(argv)
+                sys.stdout.flush()  # here, where a reader that has gone is looked for
+                return code
         except Refusal as refusal:
             print(f"error: {one_line(as_typed(str(refusal)))}", file=sys.stderr)
             return 2
+        except BrokenPipeError:
+            # Whoever read on has enough (| head). What Python still flushes when it ends has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         except OSError as error:
             if errno.errorcode.get(error.errno or 0) not in _DISK:
                 raise

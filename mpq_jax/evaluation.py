@@ -13,7 +13,10 @@ from mpq_jax.types import Bits, QuantizedModel
 
 
 def make_evaluate(model: QuantizedModel, task: Task) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """evaluate(variables [P, ...] in all but params, policies, batch) -> (loss sums [P], right [P], examples [])."""
+    """evaluate(params, stats [P, ...], policies, batch) -> (loss sums [P], right [P], examples []).
+
+    stats: the variables' other collections, a row each; {} where there are none.
+    """
 
     def evaluate(
         params: Any, stats: Any, policies: Mapping[str, Bits] | None, batch: Batch

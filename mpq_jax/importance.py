@@ -32,7 +32,7 @@ def save_importance(path: str | Path, importance: Importance, about: Mapping[str
         "format": FORMAT,
         "version": VERSION,
         "criterion": importance.criterion,
-        "alpha": importance.alpha,
+        "alpha": None if importance.alpha is None else float(importance.alpha),
         "bit_widths": list(importance.bit_widths),
         "layers": [layer_to_json(layer) for layer in importance.layers],
     }
@@ -275,13 +275,13 @@ def total(importance: Importance, policy: Policy, alpha: float | None = None) ->
     return math.fsum([*alone, *together])
 
 
-def reversed_importance(importance: Importance) -> Importance:
+def reversed_importance(importance: Importance, alpha: float | None = None) -> Importance:
     """The control that gives important layers fewer bits: the layer of rank r gets the row of rank L + 1 - r.
 
-    Ranked by the mean of the combined row; weight, activation and pair rows move together, and interactions go with
+    Ranked by the mean of the combined row (alpha: as in `combined`); weight, activation and pair rows move together, and interactions go with
     the rows of their layers.
     """
-    order = np.argsort(combined(importance).mean(axis=(1, 2)), kind="stable")
+    order = np.argsort(combined(importance, alpha).mean(axis=(1, 2)), kind="stable")
     source = np.empty_like(order)
     source[order] = order[::-1]
 

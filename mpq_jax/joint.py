@@ -89,8 +89,12 @@ def init_state(
 def row_variables(state: TrainState, row: int, averaged: bool = False) -> dict[str, Any]:
     """The variables of one row, for evaluation or to start fine-tuning from.
 
-    row: from 0 on. averaged: take the moving average of the parameters, where there is one.
+    row: from 0 on, or from the last on backwards (-1). averaged: take the moving average of the parameters, where there is
+    one. Raises Refusal for a row that the state does not have.
     """
+    rows = state.rows["index"].shape[0]
+    if not -rows <= row < rows:
+        raise Refusal(f"the state has {rows} rows, numbered from 0; there is no row {row}")
     params = state.average if averaged and state.average is not None else state.params
     one = jax.tree.map(lambda leaf: leaf[row], state.rows)
     return {"params": _with_affine(params, one["affine"]), **one["stats"]}
@@ -264,11 +268,10 @@ def make_step(
     layout: of many devices; see parallel.py.
     The function is pure; compile it with `jax.jit(step, donate_argnums=0)`.
 
-    Raises Refusal for a weight of distillation that is not from 0 to 1.
+    Raises Refusal for a distillation that cannot be; the step does for a state that has a moving average where it has no
+    `average`, or the other way round.
     """
-    if distill is not None and not 0 <= distill.weight <= 1:
-        raise Refusal(f"the weight of distillation is {distill.weight:g}; give a number from 0 to 1")
-
+    _check(distill, sliced)
     loss = functools.partial(
         joint_loss, model, task, distill=distill, error_weight=error_weight, recompute=recompute, layout=layout
     )
@@ -278,6 +281,11 @@ def make_step(
     widths = model.bit_widths, model.activation_bit_widths
 
     def step(state: TrainState, batch: Batch, key: jax.Array, fixed: Mapping[str, Bits] | None = None):
+        if (state.average is None) == bool(average):
+            raise Refusal(
+                "a moving average needs both make_step(…, average=0.9), its decay, and init_state(…, average=True); give both, "
+                "or neither"
+            )
         key_rows, key_dropout = jax.random.split(jax.random.fold_in(key, state.step))
         policies, metrics = fixed, {}
         if random:
@@ -293,6 +301,17 @@ def make_step(
         return _moved_on(state, optimizer, grads, stats, moved, average), metrics
 
     return step if layout is None else parallel.laid_out(step, layout)
+
+
+def _check(distill: Distill | None, sliced: bool) -> None:
+    if distill is None:
+        return
+    if not 0 <= distill.weight <= 1:
+        raise Refusal(f"the weight of distillation is {distill.weight:g}; give a number from 0 to 1")
+    if distill.teacher not in ("widest", "given"):
+        raise Refusal(f'the teacher {distill.teacher!r} is not known; give "widest" or "given"')
+    if sliced and distill.teacher == "widest":
+        raise Refusal("distillation from the widest row needs rows that see the same samples; leave out sliced")
 
 
 def _with_zeros(some: Mapping[str, jax.Array], state: TrainState):

@@ -10,7 +10,7 @@ from mpq_jax.types import Bits, Layer, Policy, Refusal
 
 def layer_bitops(layer: Layer, bits: Bits) -> int:
     """macs * w * a (LIMPQ section 3.3); with bits per output channel, the sum of macs / channels * w * a over them."""
-    return times_weight_bits(layer, layer.macs, bits) * bits.a
+    return times_weight_bits(layer, layer.macs, bits) * int(bits.a)
 
 
 def layer_size(layer: Layer, bits: Bits) -> int:
@@ -28,10 +28,11 @@ def times_weight_bits(layer: Layer, count: int, bits: Bits) -> int:
 
     Raises Refusal for a list of bits that is not one for each output channel.
     """
-    if not isinstance(bits.w, Sequence):
-        return count * bits.w
+    # Python's integers, whatever they come as: a stack's are of 32 bits, which products of these overflow.
+    if not isinstance(bits.w, Sequence) and not getattr(bits.w, "ndim", 0):
+        return count * int(bits.w)
     check_channels(layer, len(bits.w))
-    return count // len(bits.w) * sum(bits.w)
+    return count // len(bits.w) * sum(int(b) for b in bits.w)
 
 
 def check_channels(layer: Layer, found: int) -> None:
@@ -46,7 +47,7 @@ def check_channels(layer: Layer, found: int) -> None:
 
 def layer_memory(layer: Layer, bits: Bits) -> int:
     """Bytes of the layer's input and output for one sample at its activation bits: ceil((inputs + outputs) * a / 8)."""
-    return -(-(elements(layer, "inputs") + elements(layer, "outputs")) * bits.a // 8)
+    return -(-(elements(layer, "inputs") + elements(layer, "outputs")) * int(bits.a) // 8)
 
 
 def elements(layer: Layer, name: str) -> int:

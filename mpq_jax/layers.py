@@ -75,10 +75,10 @@ class Site(NamedTuple):
 
 
 def check_widths(widths: Sequence[int], what: str) -> tuple[int, ...]:
-    """The widths in ascending order. Raises Refusal, naming `what`, unless they are distinct and from 2 to 16."""
-    widths = tuple(int(b) for b in widths)
-    if not widths or len(set(widths)) < len(widths) or not all(2 <= b <= MAX_BITS for b in widths):
-        raise Refusal(f"{what} {widths} must be distinct integers from 2 to {MAX_BITS}, e.g. (2, 3, 4, 5, 6)")
+    """The widths in ascending order. Raises Refusal, naming `what`, unless they are distinct integers from 2 to 16."""
+    given, widths = tuple(widths), tuple(int(b) for b in widths)
+    if given != widths or not widths or len(set(widths)) < len(widths) or not all(2 <= b <= MAX_BITS for b in widths):
+        raise Refusal(f"{what} {given} must be distinct integers from 2 to {MAX_BITS}, e.g. (2, 3, 4, 5, 6)")
     return tuple(sorted(widths))
 
 

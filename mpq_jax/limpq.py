@@ -47,11 +47,6 @@ _PLAIN = frozenset(
         "LIST",
         "APPEND",
         "APPENDS",
-        "EMPTY_TUPLE",
-        "TUPLE",
-        "TUPLE1",
-        "TUPLE2",
-        "TUPLE3",
         "UNICODE",
         "SHORT_BINUNICODE",
         "BINUNICODE",
@@ -162,13 +157,25 @@ def _tensor(value: Any, name: str, path: Path) -> dict[str, dict[int, float]]:
     for layer, entries in value.items():
         if not isinstance(layer, str) or not isinstance(entries, dict) or not entries:
             raise Refusal(f"{path}: {name!r} must map layer names to {{bits: indicator}}; {ADVICE}")
-        own = result.setdefault(layer.removeprefix("module."), {})
+        plain = layer.removeprefix("module.")
+        if plain in result:
+            raise Refusal(f'{path}: {name!r} has layer {plain!r} twice, with and without "module."; keep one')
+        own = result[plain] = {}
         for bits, indicator in entries.items():
-            plain = not isinstance(indicator, bool) and isinstance(indicator, (int, float))
-            if not re.fullmatch(r"[1-9]|[12][0-9]|3[0-2]", str(bits)) or not plain or not abs(indicator) < 1e30:
-                raise Refusal(f"{path}: {name!r} of {layer!r} has {str(bits)[:20]!r}: {str(indicator)[:40]}; {ADVICE}")
+            is_width = isinstance(bits, (int, str)) and re.fullmatch(r"[1-9]|[12][0-9]|3[0-2]", str(bits))
+            is_number = not isinstance(indicator, bool) and isinstance(indicator, (int, float))
+            if not is_width or not is_number or not abs(indicator) < 1e30:
+                raise Refusal(f"{path}: {name!r} of {layer!r} has {_shown(bits)}: {_shown(indicator)}; {ADVICE}")
             own[int(bits)] = float(indicator)
     return result
+
+
+def _shown(value: Any) -> str:
+    """A number or a text; of anything else, which a file may nest without end, its type."""
+    if isinstance(value, str):
+        return repr(value[:40])
+    small = isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**30)
+    return repr(value) if small else type(value).__name__
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------
@@ -198,6 +205,8 @@ def to_importance(indicators: Indicators, config: Config, source: str) -> tuple[
                     f"{source} has a layer {torch!r}, which {config.model.name} has not (its first is "
                     f"{next(iter(paths), layers[0].path)!r}); give the config of the model that they were learned on"
                 )
+            if paths[torch] in found:
+                raise Refusal(f"{source} has {name!r} of layer {paths[torch]!r} under two names; keep one")
             found[paths[torch]] = entries
         tables[name] = np.array([_row(found, layer, widths, field, name, source) for layer in searched])
         here = {layer.path for layer in searched}

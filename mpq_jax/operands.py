@@ -55,7 +55,16 @@ class Operand(NamedTuple):
 
     def on_grid(self) -> jax.Array:
         """x_hat; x itself where the bits say float."""
-        return self._or_float(self._by_channel() if jnp.ndim(self.bits) else self.call(self.quantizer.fake_quant))
+        if jnp.ndim(self.bits):
+            return self._or_float(self._by_channel())
+        x_hat = self.call(self.quantizer.fake_quant)
+        if not self.quantizer.leaves:  # no leaf is NaN that shows in x_hat, as `at_bits` makes it
+            x_hat = jnp.where(self._known(), x_hat, jnp.nan)
+        return self._or_float(x_hat)
+
+    def _known(self) -> jax.Array:
+        """Whether the bits are a candidate's, []."""
+        return (jnp.asarray(self.widths, jnp.int32) == self.grid_bits).any()
 
     def on_grid_with_error(self, samples: int) -> tuple[jax.Array, jax.Array]:
         """(x_hat as above, `error` of it), in one pass over x where the quantizer has such a thing."""
@@ -91,7 +100,10 @@ class Operand(NamedTuple):
     def encoded(self) -> tuple[jax.Array, Decoding]:
         """(codes, their decoding); bits per output channel: each channel's own. For tensors that are not in float."""
         if not jnp.ndim(self.bits):
-            return self.call(self.quantizer.encode), self.call(self.quantizer.decoding)
+            decoding = self.call(self.quantizer.decoding)
+            if decoding.scale is not None:
+                decoding = decoding._replace(scale=jnp.where(self._known(), decoding.scale, jnp.nan))
+            return self.call(self.quantizer.encode), decoding
         codes, scale, offset = jnp.zeros(self.x.shape, jnp.int32), jnp.full((), jnp.nan), 0.0
         for k, width in enumerate(self.widths):
             whole, mine = self.at_width(k), self.place(self.bits == width)

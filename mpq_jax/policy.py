@@ -82,12 +82,17 @@ def completed(
     policy: Policy, layers: Sequence[Layer], bit_widths: Sequence[int], activation_bit_widths: Sequence[int]
 ) -> dict[str, Bits]:
     """The policy with the fixed layers in it, its bits plain numbers. Raises Refusal as `validate` does."""
-    plain = {
+    plain = _plain(policy)
+    validate(plain, layers, bit_widths, activation_bit_widths, "the policy")
+    return {**{layer.path: layer.bits for layer in layers if layer.bits is not None}, **plain}
+
+
+def _plain(policy: Policy) -> dict[str, Bits]:
+    """Its bits as Python's numbers, those of output channels as a tuple."""
+    return {
         path: Bits(tuple(int(b) for b in np.asarray(bits.w)) if np.ndim(bits.w) else int(bits.w), int(bits.a))
         for path, bits in policy.items()
     }
-    validate(plain, layers, bit_widths, activation_bit_widths, "the policy")
-    return {**{layer.path: layer.bits for layer in layers if layer.bits is not None}, **plain}
 
 
 def validate(
@@ -158,7 +163,7 @@ def save_policy(path: str | Path, solution: Solution, importance_sha256: str) ->
         {
             "format": FORMAT,
             "version": VERSION,
-            "bits": {name: list(bits) for name, bits in solution.policy.items()},
+            "bits": {path: list(bits) for path, bits in _plain(solution.policy).items()},
             "objective": solution.objective,
             "bound": solution.bound,
             "gap": solution.gap,

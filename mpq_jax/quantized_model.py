@@ -3,6 +3,7 @@
 "Leaves" are what a quantizer keeps for each layer and bit-width: step sizes for LSQ, others for other methods.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from mpq_jax.layers import (
 from mpq_jax.operands import Operand, gathered, looked_up, operand_of, samples, tapped
 from mpq_jax.quantizers import lsq
 from mpq_jax.recompute import recomputed
-from mpq_jax.rules import Candidates, Rules, check_rules
+from mpq_jax.rules import Candidates, Rules, check_rules, parse_value
 from mpq_jax.types import (
     Apply,
     Bits,
@@ -78,7 +79,9 @@ def quantize(
     """
     quantizer = quantizer or lsq()
     widths = check_widths(bit_widths, "bit_widths")
-    activation_widths = check_widths(activation_bit_widths or bit_widths, "activation_bit_widths")
+    of_activations = bit_widths if activation_bit_widths is None else activation_bit_widths
+    activation_widths = check_widths(of_activations, "activation_bit_widths")
+    ends = _checked_ends(ends)
     seam = flax_seam.seam(model)
     shapes = jax.eval_shape(lambda: variables) if variables is not None else seam.shapes(inputs, kwargs)
 
@@ -119,12 +122,26 @@ def quantize(
     )
 
 
+def _checked_ends(ends: Any) -> Bits | None:
+    if ends is None:
+        return None
+    found = parse_value(ends)
+    if not isinstance(found, Bits):
+        raise Refusal(f"ends is {ends!r}; give the bits of the first and the last layer, e.g. Bits(8, 8), or None")
+    return Bits(
+        *(
+            check_widths((bits,), f"ends: {kind} bits")[0]
+            for kind, bits in (("weight", found.w), ("activation", found.a))
+        )
+    )
+
+
 # ---- applying -----------------------------------------------------------------------------------------------------
 
 
 def _walk_of(seam: flax_seam.Seam, shapes: Variables) -> Walk:
     """The model's `QuantizedModel.walk`. shapes: of the float model's own variables."""
-    float_paths = frozenset(flax_seam.flatten(shapes["params"]))
+    own = {path: leaf.shape for path, leaf in flax_seam.flatten(shapes["params"]).items()}
 
     def walk(
         variables: Variables,
@@ -135,7 +152,7 @@ def _walk_of(seam: flax_seam.Seam, shapes: Variables) -> Walk:
         mutable: flax_seam.Mutable = False,
         rngs: flax_seam.Rngs = None,
     ) -> tuple[Any, Variables, Taps]:
-        return interpreted(seam, _only(variables, float_paths), values, handler, inputs, kwargs, mutable, rngs)[:3]
+        return interpreted(seam, _only(variables, own), values, handler, inputs, kwargs, mutable, rngs)[:3]
 
     return walk
 
@@ -171,11 +188,16 @@ def _calls(walk: Walk, specs: Mapping[str, LayerSpec], quantizer: Quantizer) -> 
     return apply, calibrate
 
 
-def _only(variables: Variables, float_paths: frozenset[str]) -> dict[str, Any]:
-    """The variables as the user's model knows them: without the quantizer's leaves."""
-    params = {path: leaf for path, leaf in flax_seam.flatten(variables["params"]).items() if path in float_paths}
-    if missing := float_paths - set(params):
+def _only(variables: Variables, own: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The variables as the user's model knows them: without the quantizer's leaves. own: {path: shape} of its parameters."""
+    params = {path: leaf for path, leaf in flax_seam.flatten(variables["params"]).items() if path in own}
+    if missing := set(own) - set(params):
         raise Refusal(f"the variables lack parameter {min(missing)!r}: they belong to another model")
+    if other := [path for path, leaf in params.items() if jnp.shape(leaf) != own[path]]:
+        raise Refusal(
+            f"parameter {other[0]!r} has shape {jnp.shape(params[other[0]])}, the model's has {own[other[0]]}: the variables "
+            "belong to another model"
+        )
     return {**variables, "params": flax_seam.unflatten(params)}
 
 
@@ -201,6 +223,12 @@ def learned_leaves(
                     "call calibrate(variables, batch) first"
                 )
             chosen[kind] = {name: flat[path] for name, path in paths.items()}
+            count = len(spec.widths(kind))
+            if other := [path for path in paths.values() if jnp.shape(flat[path])[len(spec.stack) :][:1] != (count,)]:
+                raise Refusal(
+                    f"{other[0]!r} has shape {jnp.shape(flat[other[0]])}, and layer {spec.paths[0]!r} has {count} widths: the "
+                    "variables were calibrated for others; calibrate them again"
+                )
         values[leaf] = chosen
     return values
 
@@ -214,6 +242,12 @@ def layer_values(
 ) -> dict[str, Any]:
     """`learned_leaves`, and what `operands.looked_up` adds for a policy: what `operands.operand_of` takes a layer's of."""
     leaves = learned_leaves(specs, quantizer, variables)
+    known = {path for spec in specs.values() for path in spec.paths}
+    # Products of two activations are in layer tables (count_products), and have no spec.
+    if unknown := [path for path in policy if path not in known and not re.search(r"/product\d+$", path)]:
+        raise Refusal(
+            f"the policy names layer {unknown[0]!r}, which this model does not have: it belongs to another model"
+        )
     bits = {leaf: _stack_bits(specs[leaf], policy) for leaf in leaves}
     return looked_up(specs, leaves, bits, float_bits)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax.policy import stack, uniform
+from mpq_jax.policy import stack, tied_candidates, uniform
 from mpq_jax.types import Bits, Layer
 
 
@@ -45,31 +45,29 @@ def random_bits(
     """R random policies, int32 [R, L, 2]: weight and activation bits of the searched layers in order; may be traced.
 
     Weight and activation bits are drawn independently, uniformly from each layer's candidates; layers with equal
-    `tied` share the draw of their activation bits. same_bits: both get the weights' draw, as in LIMPQ, in layers whose
+    `tied` share the draw of their activation bits, from those that all of them may have. same_bits: both get the weights' draw, as in LIMPQ, in layers whose
     activations may have every width that their weights may have; others draw twice all the same.
+    Raises Refusal where tied layers allow no activation bits in common.
     """
     searched = [i for i, layer in enumerate(layers) if layer.searched]
     if not searched:
         return jnp.zeros((rows, 0, 2), jnp.int32)
-    candidates = [
-        (layers[i].candidates("weight", bit_widths), layers[i].candidates("activation", activation_bit_widths))
-        for i in searched
-    ]
+    shared = tied_candidates(layers, activation_bit_widths)
+    candidates = [(layers[i].candidates("weight", bit_widths), shared[layers[i].path]) for i in searched]
     # One draw for all layers, each from a key of its own: one by one they were half of the joint step's program.
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(np.array(searched, np.uint32))
     counts = np.array([[len(each) for each in both] for both in candidates], np.int32)
     numbers = jax.vmap(jax.vmap(lambda key, count: jax.random.randint(key, (rows,), 0, count)))(keys, counts)
     table = np.zeros((*counts.shape, counts.max()), np.int32)
     sources = np.arange(counts.size).reshape(counts.shape)  # whose draw each takes
-    first: dict[tuple[str, tuple[int, ...]], int] = {}
+    first: dict[str, int] = {}
     for i, (layer, both) in enumerate(zip((layers[i] for i in searched), candidates, strict=True)):
         for kind, each in enumerate(both):
             table[i, kind, : len(each)] = each
         if same_bits and set(both[0]) <= set(both[1]):
             sources[i, 1] = sources[i, 0]
         if layer.tied is not None:
-            # Where a rule narrowed one of the tied layers, it keeps its own draw.
-            sources[i, 1] = first.setdefault((layer.tied, both[1]), sources[i, 1])
+            sources[i, 1] = first.setdefault(layer.tied, sources[i, 1])
     bits = jnp.take_along_axis(jnp.asarray(table), numbers, axis=-1).reshape(-1, rows)
     return bits[sources.ravel()].reshape(*counts.shape, rows).transpose(2, 0, 1)
 

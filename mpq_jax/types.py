@@ -136,7 +136,8 @@ class Solution(NamedTuple):
     bound of it over all policies within the budgets; None where nothing is proved.
     status: "optimal" (objective equals bound) or "feasible" (the time ran out: the gap is objective - bound).
     seconds: wall-clock from tables in memory to the checked policy.
-    used: budget name -> (used, limit), recomputed from the policy in exact arithmetic; mean bits as means.
+    used: budget name -> (used, limit), added up again from the policy and the budgets' tables in exact arithmetic; mean bits
+    as means.
     """
 
     policy: dict[str, Bits]

@@ -3,15 +3,28 @@
 import json
 from fractions import Fraction
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from tables import budgets_of, cost_by_hand, every_policy, made
 
-from mpq_jax import Bits, Layer, Refusal, costs
+from mpq_jax import Bits, Layer, Refusal, costs, layer_costs
 
 TABLE = made(0)
 MACS = sum(layer.macs for layer in TABLE.layers)
 PARAMS = sum(layer.params for layer in TABLE.layers)
 INPUTS = sum(layer.inputs for layer in TABLE.layers)
+
+
+def test_bits_of_32_bits_overflow_nothing():
+    """As a stack of policies has them: a large layer's product with them is beyond 2^31."""
+    layers = (Layer("a", 10**8, 115_605_504, True), Layer("b", 10**8, 115_605_504, False, Bits(8, 8)))
+    for one in (np.int32, np.asarray, jnp.int32):
+        policy = {"a": Bits(one(6), one(6)), "b": Bits(8, 8)}
+        assert layer_costs.bitops(layers, policy) == 115_605_504 * (36 + 64)
+        assert layer_costs.size(layers, policy) == 10**8 * (6 + 8) // 8
+    channels = Bits(np.array([2, 6] * 4, np.int32), np.int32(6))
+    assert layer_costs.layer_bitops(layers[0], channels) == 115_605_504 * 4 * 6
 
 
 def uniform_cost(w, a, name):

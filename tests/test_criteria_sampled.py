@@ -24,6 +24,16 @@ class Normed(nn.Module):
         return nn.Dense(3, name="head")(x)
 
 
+@pytest.mark.parametrize(
+    "count, size, groups", [(20, 16, [320]), (10, 100, [300, 300, 400]), (3, 300, [300] * 3), (2, 16, [32])]
+)
+def test_joined_batches_leave_nothing_out(count, size, groups):
+    made = sampled._joined([{"x": np.full((size, 1), i)} for i in range(count)])
+    assert [len(each["x"]) for each in made] == groups
+    joined = np.concatenate([each["x"] for each in made])[:, 0]
+    np.testing.assert_array_equal(joined, np.repeat(np.arange(count), size))
+
+
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 NORMED = joint.classification(train_kwargs={"train": True}, eval_kwargs={"train": False})
 

@@ -74,6 +74,7 @@ def test_noise():
         drawn = [ddpg.truncated_normal(mean, deviation, rng) for _ in range(2000)]
         exact = stats.truncnorm(-mean / deviation, (1 - mean) / deviation, mean, deviation)
         assert stats.kstest(drawn, exact.cdf).pvalue > 1e-3 and 0 <= min(drawn) <= max(drawn) <= 1
+    assert ddpg.truncated_normal(0.4, 0.5 * 0.1**400, rng) == 0.4
     assert [ddpg.noise_of(e, Haq()) for e in (0, 19, 20, 22)] == [None, None, 0.5, 0.5 * 0.99**2]
 
 

@@ -8,7 +8,7 @@ from tables import best_by_force, budgets_of, cost_by_hand, every_policy, made
 
 from mpq_jax import Refusal
 from mpq_jax.importance import total
-from mpq_jax.search import solve
+from mpq_jax.search import random_policies, solve
 from mpq_jax.search.frontier import draw_frontier, frontier, save_frontier
 
 
@@ -71,6 +71,17 @@ def test_files(tmp_path):
     draw_frontier(tmp_path / "frontier.png", found, found.solutions[2])
     assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["frontier.json", "frontier.png"]
+
+
+def test_refused_calls():
+    table = made(0)
+    (budget,) = budgets_of(table, "bitops=W3A3")
+    with pytest.raises(Refusal, match="a frontier of 0 limits"):
+        frontier(table, [budget], 0)
+    other = made(0, widths=(2, 3))
+    with pytest.raises(Refusal, match="parsed for another table"):
+        frontier(other, [budget], 3)
+    assert len(random_policies(table, [], 3)) == 3
 
 
 def test_refused():

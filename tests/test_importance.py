@@ -86,6 +86,15 @@ def _saved(tmp_path, importance):
     return (tmp_path / "other.json").read_text()
 
 
+def test_reversed_by_the_alpha_that_is_asked_for():
+    importance = made(0)
+    for alpha in (None, 1e-6, 1e6):
+        order = np.argsort(combined(importance, alpha).mean((1, 2)))
+        wrong = reversed_importance(importance, alpha)
+        np.testing.assert_array_equal(wrong.weight[order], importance.weight[order[::-1]])
+    assert (reversed_importance(importance, 1e-6).weight != reversed_importance(importance, 1e6).weight).any()
+
+
 def test_interactions_go_with_their_rows():
     """Reversed, a term names the layers that its layers' rows have gone to."""
     importance = with_interactions()._replace(alpha=1.0)

@@ -69,6 +69,29 @@ def test_distillation_leaves_the_labels_a_share(net, weight):
         joint.make_step(net[0], TASK, SGD, distill=joint.Distill(weight))
 
 
+def test_a_moving_average_is_asked_for_twice_or_not_at_all(net):
+    quantized, variables = net
+    policies = jax.tree.map(lambda bits: bits[:1], uniform(quantized))
+    for average, kept in ((0.9, False), (0.0, True)):
+        step = joint.make_step(quantized, TASK, SGD, average=average)
+        state = joint.init_state(variables, SGD, 1, average=kept)
+        with pytest.raises(Refusal, match="moving average needs both"):
+            step(state, BATCH, jax.random.key(0), policies)
+    assert joint.row_variables(state, -1)["params"].keys() == variables["params"].keys()
+    for row in (-2, 1):
+        with pytest.raises(Refusal, match=f"there is no row {row}"):
+            joint.row_variables(state, row)
+
+
+@pytest.mark.parametrize(
+    "distill, words",
+    [(joint.Distill(0.5), "leave out sliced"), (joint.Distill(0.5, "Given"), "'Given' is not known")],
+)
+def test_distillation_that_cannot_be(net, distill, words):
+    with pytest.raises(Refusal, match=words):
+        joint.make_step(net[0], TASK, SGD, distill=distill, sliced=True)
+
+
 def row_of(policies, i):
     return jax.tree.map(lambda bits: bits[i], policies)
 

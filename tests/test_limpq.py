@@ -182,6 +182,11 @@ def test_mutated_files_are_read_or_refused(tmp_path_factory, data):
     assert all(type(v) is float for tensor in found for entries in tensor.values() for v in entries.values())
 
 
+DOUBLED: list = []  # of 60 levels, each holding the one below twice: its text would be longer than any memory
+for _ in range(60):
+    DOUBLED = [DOUBLED, DOUBLED]
+
+
 @pytest.mark.parametrize(
     "value, words",
     [
@@ -193,6 +198,10 @@ def test_mutated_files_are_read_or_refused(tmp_path_factory, data):
         ({"weight": {"a": {"2": float("nan")}}, "act": {}}, "nan"),
         ({"weight": {"a": {"2": True}}, "act": {}}, "True"),
         ({"weight": {"a": {"2": 1.0}}}, "no layers under 'act'"),
+        ({"weight": {"a": {"2": 1.0}, "module.a": {"2": 2.0}}, "act": {}}, "layer 'a' twice"),
+        ({"weight": {"a": {"2": 10**100}}, "act": {}}, "'2': int"),
+        ({"weight": {"a": {"2": DOUBLED}}, "act": {}}, "'2': list"),
+        ({"weight": {"a": {(2, 3): 1.0}}, "act": {}}, "is no plain pickle: TUPLE2"),
     ],
 )
 def test_plain_but_wrong(tmp_path, value, words):

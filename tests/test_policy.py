@@ -30,6 +30,14 @@ def test_round_trip(tmp_path):
     )
 
 
+def test_numpys_numbers_are_written(tmp_path):
+    given = {"a": Bits(np.int64(3), np.int32(4)), "b": Bits(np.array([2, 3]), 5), "c": Bits((2, 3), 5)}
+    found = solve(TABLE, budgets_of(TABLE, "bitops=W3A3"))._replace(policy=given)
+    policy.save_policy(tmp_path / "p.json", found, "")
+    bits = json.loads((tmp_path / "p.json").read_text())["bits"]
+    assert bits == {"a": [3, 4], "b": [[2, 3], 5], "c": [[2, 3], 5]}
+
+
 def test_what_a_new_policy_takes_the_place_of(tmp_path):
     """Nothing, the same bits, another policy with and without budgets, and files that are no policy."""
     found, other = (solve(TABLE, budgets_of(TABLE, text, "size=4KB")) for text in ("bitops=3M", "bitops=2M"))

@@ -10,7 +10,7 @@ from layer_nets import Net
 
 from mpq_jax import Bits, Refusal, flax_seam
 from mpq_jax.quantized_model import quantize
-from mpq_jax.quantizers import lsq
+from mpq_jax.quantizers import lq_nets, lsq, pact, qil
 from mpq_jax.rules import Candidates
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -417,6 +417,51 @@ def test_refusals_when_applying(net, calibrated):
         quantized.apply(other, full_policy(quantized), IMAGES)
     with pytest.raises(Refusal, match="neither"):
         quantize(object(), IMAGES)
+
+
+@pytest.mark.parametrize("bits", [Bits(5, 4), Bits(4, 5), Bits(8, 8)])
+@pytest.mark.parametrize("quantizer", [lsq(), pact(), qil(), lq_nets("same")], ids=lambda each: each.name)
+def test_bits_that_are_no_candidate_show(quantizer, bits):
+    """NaN, of every quantizer, through whatever layers follow."""
+    quantized = quantize(Stacked(), IMAGES, bit_widths=(2, 3, 4), ends=None, quantizer=quantizer)
+    variables = fitted(quantized, started(Stacked(), IMAGES), IMAGES)
+    for first in (bits, Bits(4, 4)):
+        out = applied(quantized, variables, {"first": first, "last": Bits(4, 4)}, IMAGES)
+        assert np.isnan(out).all() if first == bits else np.isfinite(out).all()
+
+
+class Stacked(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="last")(nn.relu(nn.Dense(4, name="first")(x.reshape(x.shape[0], -1))))
+
+
+def test_variables_and_policies_of_other_models(net, calibrated):
+    _, variables, quantized = net
+    with pytest.raises(Refusal, match="names layer 'cnov', which this model does not have"):
+        quantized.apply(calibrated, {**full_policy(quantized), "cnov": Bits(4, 4)}, IMAGES)
+    fewer = quantize(Net(), IMAGES, bit_widths=(2, 3, 6))
+    with pytest.raises(Refusal, match=r"weight_step_size' has shape \(5,\), and layer .* has 3 widths"):
+        fewer.apply(calibrated, full_policy(fewer), IMAGES)
+    other = jax.tree.map(lambda x: jnp.concatenate([x, x]), variables)
+    with pytest.raises(Refusal, match=r"parameter '.*' has shape .*, the model's has"):
+        quantized.calibrate(other, IMAGES)
+
+
+def test_ends_are_bits_as_rules_have_them():
+    same = [quantize(Net(), IMAGES, ends=ends).layers for ends in (Bits(8, 8), (8, 8), "8,8")]
+    assert same[0] == same[1] == same[2]
+    for ends, words in (
+        (Bits(1, 1), "ends: weight bits"),
+        (Bits(8, 8.5), "ends: activation bits"),
+        ("float", "ends is"),
+    ):
+        with pytest.raises(Refusal, match=words):
+            quantize(Net(), IMAGES, ends=ends)
+    with pytest.raises(Refusal, match="distinct integers"):
+        quantize(Net(), IMAGES, bit_widths=(2.7, 4))
+    widths = np.array([2, 4])
+    assert quantize(Net(), IMAGES, activation_bit_widths=widths).activation_bit_widths == (2, 4)
 
 
 def test_bfloat16_keeps_float32_step_sizes():

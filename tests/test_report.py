@@ -206,6 +206,21 @@ def test_bars_show_the_policy():
         assert [len(set(c[:3])) == 1 for c in row] == [not layer.searched for layer in one.importance.layers]
 
 
+def test_names_are_no_formulas(tmp_path):
+    """matplotlib takes what stands between two "$" for mathematics."""
+    one = made()
+    layers = [layer._replace(path=f"mix$a_$b{i}^") for i, layer in enumerate(one.importance.layers)]
+    renamed = {old.path: new.path for old, new in zip(one.importance.layers, layers, strict=True)}
+    policies = {name: {renamed[path]: bits for path, bits in p.items()} for name, p in one.policies.items()}
+    named = one._replace(
+        importance=one.importance._replace(layers=tuple(layers)),
+        policies=policies,
+        grids=tuple(grid._replace(path="mix$a_$b^") for grid in one.grids),
+    )
+    for draw in (figures.bits_per_layer, figures.importance_maps, figures.weight_grids):
+        draw(named).savefig(tmp_path / "f.png")
+
+
 def test_figures_show_their_tables():
     """Heat maps hold the importance, lines the indicators (dashed: the start), bars the pairs, lines the grids."""
     one = made()

@@ -1,6 +1,7 @@
 """search.py: what it prints and writes, what it refuses, and that it needs no JAX."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -277,3 +278,14 @@ def test_describe(capsys):
     assert "unit1/depthwise" in capsys.readouterr().out
     assert search.main(["--config", "configs/digits.py", "--describe", "--data.name", "mnist"]) == 2
     assert "not known here" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_mistake():
+    """search.py | head: the pipe is closed before all is written."""
+    text = "import os, sys; os.dup2(int(sys.argv[1]), 1); import search; sys.exit(search.main(sys.argv[2:]))"
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", text, str(write), "--config", "configs/digits.py", "--describe"]
+    done = subprocess.run(command, pass_fds=[write], capture_output=True, text=True, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,6 +1,7 @@
 """search.py --method: every method on a tiny run, its files, a kill in between, and what is refused."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from mpq_jax import Bits, Refusal, costs, data, joint, stages
 from mpq_jax.importance import load_importance
 from mpq_jax.policy import load_policy, stack
 from mpq_jax.search import gumbel, measure, methods, run
+from mpq_jax.search.journal import Evaluation, Outcome
 from mpq_jax.stages import evaluation
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -189,6 +191,39 @@ def test_a_policy_per_channel_is_finetuned_and_reported(place, capsys):
     assert f"W{mean:.2f}A{saved['bits']['conv2'][1]}" in shown
     rows = json.loads((place / "run" / "results.json").read_text())["rows"]
     assert rows[-1]["name"] == "mixed" and rows[-1]["bitops"] == saved["budgets"]["bitops"]["used"]
+
+
+def test_what_is_no_number_is_never_chosen():
+    """NaN is some class's, and as often right as that class is there."""
+    nan, good = (Evaluation({}, {}, Outcome(*pair), 0.0) for pair in ((float("nan"), 0.4), (1.2, 0.35)))
+    for method in ("haq", "autoq", "evolution"):
+        assert run.best_of(method, [good, nan]) is good
+
+
+def test_tables_of_other_models_are_refused(place):
+    """Bits that the run was not trained at would be measured as what they are not."""
+    table = load_importance(place / "run" / "importance.json")
+    model = types.SimpleNamespace(
+        layers=table.layers, bit_widths=table.bit_widths, activation_bit_widths=table.activation_bit_widths
+    )
+    run._check_table(table, model, place)
+    wider = table._replace(bit_widths=(*table.bit_widths[:-1], 9))
+    with pytest.raises(Refusal, match=r"at 9 weight bits, which the model of .* was not trained at"):
+        run._check_table(wider, model, place)
+    renamed = table._replace(layers=(table.layers[0]._replace(path="other"), *table.layers[1:]))
+    with pytest.raises(Refusal, match="layer 'other' otherwise than the model"):
+        run._check_table(renamed, model, place)
+
+
+def test_theta_that_had_its_seconds_is_not_trained_on(place, quick):
+    """The same command again trains no step, and finds what it found."""
+    arguments = command(place, "gumbel", "--seconds", "2", "--gumbel.warmup_steps", "1", "--gumbel.steps", "100000")
+    logs = []
+    for _ in range(2):
+        search.main(arguments)  # theta may not have moved enough to choose: then it says so, both times
+        newest = max((place / "run" / "search_gumbel").glob("*/training.jsonl"), key=lambda path: path.stat().st_mtime)
+        logs.append(newest.read_text())
+    assert logs[0] == logs[1] and 0 < logs[0].count("\n") < 100000
 
 
 def test_seconds_stop_a_search(place, quick):

@@ -142,7 +142,7 @@ def import_limpq(arguments: argparse.Namespace, overrides: Sequence[str]) -> Pat
     """
     from mpq_jax import config as config_lib
     from mpq_jax import limpq
-    from mpq_jax.importance import save_importance
+    from mpq_jax.importance import load_importance, save_importance
 
     indicators = limpq.read(arguments.import_limpq)
     config = config_lib.load(arguments.config, overrides)
@@ -153,6 +153,10 @@ def import_limpq(arguments: argparse.Namespace, overrides: Sequence[str]) -> Pat
     if arguments.out is not None and not (arguments.budget or arguments.frontier or arguments.check):
         path = arguments.out
     check_out(path, (arguments.import_limpq,))
+    if path != arguments.out and path.exists() and load_importance(path).criterion != importance.criterion:
+        raise Refusal(
+            f"{path} is another table, of a run it seems; put {arguments.import_limpq.name} in a folder of its own"
+        )
     save_importance(path, importance)
     print(f"importance of {sum(layer.searched for layer in importance.layers)} layers: {path}")
     return path

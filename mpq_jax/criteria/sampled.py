@@ -131,8 +131,12 @@ def divergences(
 
 
 def _joined(batches: Sequence[Batch]) -> list[Batch]:
-    """Batches of at least BATCH samples, where there are so many."""
+    """Batches of at least BATCH samples, where there are so many; the last has what is left over, too."""
     size = len(jax.tree.leaves(batches[0])[0])
     group = max(1, -(-BATCH // size))
-    starts = range(0, max(1, len(batches) - group + 1), group)
-    return [jax.tree.map(lambda *x: jnp.concatenate(x), *batches[start : start + group]) for start in starts]
+    starts = list(range(0, max(1, len(batches) - group + 1), group))
+    stops = [*starts[1:], len(batches)]
+    return [
+        jax.tree.map(lambda *x: jnp.concatenate(x), *batches[start:stop])
+        for start, stop in zip(starts, stops, strict=True)
+    ]

@@ -132,6 +132,7 @@ def _fake_quant(x: jax.Array, values: Values, bits: jax.Array, signed: bool, wei
     fixed, basis = jax.lax.stop_gradient((x, values["basis"]))
     table = _table(basis, bits, signed)
     on_grid = narrow(decode(_encode(fixed, {"basis": basis}, bits, signed), Decoding(table=table)), x.dtype)
+    on_grid = jnp.where(jnp.isnan(fixed), fixed, on_grid)  # which has no nearest level
     if weight:
         return straight_through(on_grid, x)
     low, top = narrow(table.min(0), x.dtype), narrow(table.max(0), x.dtype)

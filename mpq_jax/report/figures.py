@@ -35,10 +35,17 @@ def _figure(layers: int, height: float, per_layer: float = 0.3) -> Figure:
     return figure
 
 
+def _plain(path: str) -> str:
+    """A layer's name as matplotlib shows it: "$" would begin a formula."""
+    return path.replace("$", r"\$")
+
+
 def _layer_axis(axes: Any, paths: Sequence[str], margin: float = 0.5) -> None:
     """Names the layers below `axes`, and makes its figure higher where names are long: panels keep their height."""
     labels = [path if len(path) <= LONGEST else "…" + path[1 - LONGEST :] for path in paths]
-    axes.set_xticks(range(len(paths)), labels, rotation=90, fontsize=8 if len(paths) < 30 else 7)
+    axes.set_xticks(
+        range(len(paths)), [_plain(label) for label in labels], rotation=90, fontsize=8 if len(paths) < 30 else 7
+    )
     figure = axes.get_figure()
     figure.set_figheight(figure.get_figheight() + 0.07 * max(0, max(map(len, labels), default=0) - 16))
     axes.set_xlim(-margin, len(paths) - 1 + margin)
@@ -123,7 +130,7 @@ def weight_grids(report: Report) -> Figure:
                 (level + grid.offset) * grid.step_size, color=ACTIVATION, linewidth=0.8 if len(levels) < 40 else 0.3
             )
         left.set(
-            title=f"{grid.path}: {np.size(grid.values):,} weights, {grid.bits} bits",
+            title=f"{_plain(grid.path)}: {np.size(grid.values):,} weights, {grid.bits} bits",
             xlabel=f"float weight (lines: the grid, step size {grid.step_size:.3g})",
             ylabel="number of weights",
         )

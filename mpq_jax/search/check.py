@@ -25,7 +25,8 @@ class Check(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """How much more importance than the best within the same budgets; negative only for a policy beyond them."""
+        """How much more importance than the best within the same budgets; negative for a policy beyond budgets or rules, or
+        where the best is not proven to be."""
         return float("nan") if self.best is None else self.objective - self.best.objective
 
 

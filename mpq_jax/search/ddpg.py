@@ -151,6 +151,8 @@ class Replay:
 
 def truncated_normal(mean: float, deviation: float, rng: np.random.Generator) -> float:
     """A draw of the normal distribution truncated to [0, 1], by its inverse; mean from 0 to 1."""
+    if deviation == 0:  # which decays
+        return mean
     low, high = ndtr((0 - mean) / deviation), ndtr((1 - mean) / deviation)
     return float(np.clip(mean + deviation * ndtri(low + rng.random() * (high - low)), 0, 1))
 

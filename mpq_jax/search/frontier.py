@@ -56,6 +56,8 @@ def frontier(
     Raises Refusal where the other budgets cannot be kept, and for a budget on the largest layer (its few steps are
     what `--budget memory=…` is for).
     """
+    if count < 1:
+        raise Refusal(f"a frontier of {count} limits cannot be; give a number from 1")
     began = time.monotonic()
     deadline = began + time_limit
     budget, others = budgets[0], list(budgets[1:])

@@ -83,7 +83,7 @@ def random_policies(
     rng = np.random.default_rng(seed)
     problem = build(importance, budgets)
     fixed = {layer.path: layer.bits for layer in importance.layers if layer.bits is not None}
-    first = problem.names.index(budgets[0].name) if budgets[0].name in problem.names else None
+    first = problem.names.index(budgets[0].name) if budgets and budgets[0].name in problem.names else None
     found: list[dict[str, Bits]] = []
     for _ in range(count):
         tries = (_towards(problem, rng, first, within) for _ in range(200))

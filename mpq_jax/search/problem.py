@@ -135,6 +135,12 @@ def build(importance: Importance, budgets: Sequence[Budget], alpha: float | None
         raise Refusal("the importance holds numbers of 1e140 or more; divide the whole table by a constant")
     searched = [layer for layer in importance.layers if layer.searched]
     allowed = allowed_pairs(importance)
+    for budget in budgets:
+        if budget.table.shape != allowed.shape:
+            raise Refusal(
+                f"the budget {budget.text!r} is of {' x '.join(map(str, budget.table.shape))} layers and widths, the importance "
+                f"of {' x '.join(map(str, allowed.shape))}: it was parsed for another table; parse it for this one"
+            )
     check_largest(importance, budgets, allowed)
     for budget in budgets:
         if budget.largest:

@@ -18,7 +18,7 @@ from mpq_jax.search.methods import Measuring
 from mpq_jax.search.others import best_uniform
 from mpq_jax.search.problem import Problem, build, check_reachable
 from mpq_jax.search.show import achieved, table, written
-from mpq_jax.types import Budget, Importance, Policy, Refusal, Solution
+from mpq_jax.types import Budget, Importance, Policy, QuantizedModel, Refusal, Solution
 
 Evaluate = Callable[[Policy], Outcome]
 
@@ -71,6 +71,7 @@ def find(
     from mpq_jax.search import measure
 
     bench = measure.open_bench(workdir, settings)
+    _check_table(importance, bench.run.model, workdir)
     evaluate = measure.evaluator(bench)
     request = {"method": method, "seed": seed, "settings": dataclasses.asdict(settings)}
     with lock.only_one(folder):
@@ -82,6 +83,27 @@ def find(
         _run(method, problem, journal, settings, seed, bench)
     best = best_of(method, journal.evaluated)
     return solution(method, budgets, best, journal.elapsed), best.measured, evaluate
+
+
+def _check_table(importance: Importance, model: QuantizedModel, workdir: Path) -> None:
+    """Raises Refusal for a table that asks for what the run's model does not have."""
+    layers = {layer.path: layer for layer in model.layers}
+    for layer in importance.layers:
+        own = layers.get(layer.path)
+        if own is None or own.searched != layer.searched or own.bits != layer.bits:
+            raise Refusal(
+                f"the importance has layer {layer.path!r} otherwise than the model of {workdir}; take that run's table"
+            )
+        for kind, widths, asked in (
+            ("weight", model.bit_widths, importance.bit_widths),
+            ("activation", model.activation_bit_widths, importance.activation_bit_widths),
+        ):
+            odd = set(layer.candidates(kind, asked)) - set(own.candidates(kind, widths)) if layer.searched else ()
+            if odd:
+                raise Refusal(
+                    f"the importance has layer {layer.path!r} at {min(odd)} {kind} bits, which the model of {workdir} was not "
+                    "trained at; take that run's table"
+                )
 
 
 def _run(method: str, problem: Problem, journal: Journal, settings: Any, seed: int, bench: Any) -> None:
@@ -117,7 +139,8 @@ def _run(method: str, problem: Problem, journal: Journal, settings: Any, seed: i
 def best_of(method: str, evaluated: Sequence[Evaluation]) -> Evaluation:
     """The evaluation that a method chooses: of least loss; for those that are rewarded by accuracy, of most accuracy."""
     if method in ("haq", "autoq"):
-        return min(evaluated, key=lambda e: (-e.measured.accuracy, e.measured.loss))
+        # What is not a number is some class's, and right as often as that.
+        return min(evaluated, key=lambda e: (not np.isfinite(e.measured.loss), -e.measured.accuracy, e.measured.loss))
     return min(evaluated, key=lambda e: e.measured.loss)
 
 

@@ -75,7 +75,7 @@ def beside(importance: Importance, budgets: Sequence[Budget], alpha: float | Non
     elif count > 0:
         lines.append(f"  random         none found {near}")
     try:
-        wrong = solve(reversed_importance(importance), budgets, alpha=alpha, time_limit=10.0)
+        wrong = solve(reversed_importance(importance, alpha), budgets, alpha=alpha, time_limit=10.0)
         lines.append(line("reversed", [wrong.policy], "the layer of rank r gets the row of rank L+1-r"))
     except Refusal:
         lines.append("  reversed       none found")
@@ -119,5 +119,8 @@ def check_text(budgets: Sequence[Budget], result: Check) -> str:
     elif result.loss > 0:
         lines.append(f"loses {result.loss:.6g}{share} against the best")
     else:
-        lines.append(f"lies {-result.loss:.6g}{share.replace('-', '')} below the best, by breaking a budget or a rule")
+        why = (
+            "by breaking a budget or a rule" if result.over or result.broken else "which was not proven to be the best"
+        )
+        lines.append(f"lies {-result.loss:.6g}{share.replace('-', '')} below the best, {why}")
     return "\n".join(lines)

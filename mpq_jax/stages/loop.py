@@ -62,13 +62,13 @@ def train(
     with checkpoint.manager(directory) as manager, stopping.saves():
         found = checkpoint.restore(manager, state)
         first, state = found if found else (0, state)
+        _load(own, first)  # `stop` may ask what was recorded
         if stop(first, state):
-            # It ended before its steps did: nothing is left to do or to drop; what was recorded may be asked for.
-            _load(own, first)
+            # It ended before its steps did: nothing is left to do or to drop.
             return parallel.whole(run.layout, state)
         with contextlib.closing(logs.recorder(stage, directory, row_names, run.config.log_every, run.sinks)) as log:
             recorders = [log, *own] if first_process else []
-            _load(recorders, first)
+            _load([log] if first_process else [], first)
             under_way = _Stage(stage, directory, row_names, recorders)
 
             def stepped(state: Any, batch: Any) -> Any:

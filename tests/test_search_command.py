@@ -93,6 +93,7 @@ REFUSED = [
     (["--describe"], "needs --config"),
     (["--describe", "--config", "configs/digits.py", "--budget", "bitops=W3A3"], "leave out --budget"),
     (["--frontier", "1"], "from 2 to 10000"),
+    (["--frontier", "8", "--budget", "bitops=W3A3", "--out", "{}/frontier.json"], "is where the frontier is written"),
     (["--frontier", "many"], "invalid int"),
     (["--frontier", "8", "--budget", "memory=1MB"], "name another first"),
     (["--policy", "p.json"], "go together"),

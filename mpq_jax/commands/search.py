@@ -13,6 +13,9 @@ from mpq_jax.types import Refusal
 from mpq_jax.workdir import importance_of
 
 
+FRONTIER = ("frontier.json", "frontier.png")
+
+
 class Table(NamedTuple):
     """What is searched: the importance, the file that it came from, and the alpha that was asked for."""
 
@@ -192,6 +195,8 @@ def answer_search(arguments: argparse.Namespace, overrides: Sequence[str]) -> No
         return
     out = arguments.out or path.parent / "policy.json"
     check_out(out, (path, arguments.latency))
+    if arguments.frontier and out.name in FRONTIER:
+        raise Refusal(f"--out {out} is where the frontier is written; name another file")
     if arguments.report:
         check_out(arguments.report, (path, arguments.latency, out), "--report")
     table = load_table(arguments, path)
@@ -252,7 +257,7 @@ def write_frontier(arguments: argparse.Namespace, table: Table, budgets, folder:
         table.importance, walked, arguments.frontier, alpha=table.alpha, time_limit=arguments.time_limit
     )
     print(f"\n{show.frontier_table(found)}")
-    files = folder / "frontier.json", folder / "frontier.png"
+    files = [folder / name for name in FRONTIER]
     try:
         frontiers.save_frontier(files[0], found, sha256(table.path))
         frontiers.draw_frontier(files[1], found, chosen)

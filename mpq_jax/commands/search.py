@@ -12,7 +12,6 @@ from mpq_jax.files import check_out
 from mpq_jax.types import Refusal
 from mpq_jax.workdir import importance_of
 
-
 FRONTIER = ("frontier.json", "frontier.png")
 
 

@@ -47,8 +47,8 @@ def differences(runs: Runs, net: str, budget: str, name: str) -> list[float]:
 
 
 def measured_budgets(runs: Runs, net: str) -> list[str]:
-    """The budgets at which uniform policies were fine-tuned."""
-    return [b for b in BUDGETS if of_runs(runs, net, lambda lines, b=b: best_uniform(lines, b))]
+    """The budgets at which contestants were fine-tuned, and uniform policies."""
+    return [b for b in BUDGETS if any(proof_paper.paired(runs, net, b, name, "best uniform") for name in CONTESTANTS)]
 
 
 def gain(values: Sequence[float]) -> str:
@@ -243,6 +243,16 @@ def either_table(runs: Runs, names: Mapping[str, str]) -> str:
         )
     head = ["fine-tunings", "kept those of training", "apart, median", "largest", "more than 1 point"]
     return table(["", *head, "the kept minus the other, mean", "smallest"], rows)
+
+
+def rounding(runs: Runs) -> str:
+    """What fine-tuning the same policies again with sums in another order changed, in points: of the lines "rounding"."""
+    apart = [
+        100 * (accuracy - lines[f"finetuned {key}"]["test_accuracy"])
+        for lines in runs.values()
+        for key, accuracy in lines.get("rounding", {"test_accuracy": {}})["test_accuracy"].items()
+    ]
+    return ", ".join(f"{one:+.2f}" for one in sorted(apart))
 
 
 def values(runs: Runs, nets: Sequence[str]) -> dict[str, str]:

@@ -79,8 +79,10 @@ def document(runs: Runs, cheaper: Runs) -> str:
     template = (Path(__file__).parent / "proof_document.md").read_text()
     names = {net: NAMES[net] for net in nets}
     better = {run: kept(lines) for run, lines in runs.items()}
+    better = {run: lines for run, lines in better.items() if any(key.startswith("finetuned ") for key in lines)}
     values = {
         "either": proof_accuracy.either_table(runs, names),
+        "rounding": proof_accuracy.rounding(runs),
         **{f"kept {name}": value for name, value in proof_accuracy.values(better, nets).items()},
         **proof_prediction.values(runs, nets),
         **proof_accuracy.values(runs, nets),

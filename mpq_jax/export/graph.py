@@ -28,8 +28,8 @@ class Product(NamedTuple):
     path, leaf: of the layer, and of the parameter that its weight comes from; position: in the leaf's stack, or ().
     bits: of the policy; (32, 32) in float. weight: codes, or None in float. operand: the float weight as it came to the
     product. activation: None in float. side: 0 or 1, which operand the weight is. whole: whether the operand is the leaf
-    itself (at `position`), element by element, if in another type. affine: (multiplier, offset) that were folded in, broadcasting with the
-    output; None: none were.
+    itself (at `position`), element by element, be it in another type. affine: (multiplier, offset) that were folded in,
+    broadcasting with the output; None: none were.
     """
 
     path: str

@@ -41,11 +41,6 @@ def open_bench(workdir: Path, settings: Measuring) -> Bench:
     if settings.statistics_batches:
         config = dataclasses.replace(config, statistics_batches=settings.statistics_batches)
     run = stages.open_run(config, workdir)
-    if not run.dataset.sizes["validation"]:
-        raise Refusal(
-            f"the run in {workdir} has no validation split, which policies are measured on; train one with "
-            "--data.validation_fraction 0.1"
-        )
     float_variables = stages.finished_float(run)
     stages.check_finished(run, "joint", config.joint)
     state, _ = stages.joint_train(run, stages.calibrated(run, float_variables))

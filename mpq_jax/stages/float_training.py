@@ -40,7 +40,6 @@ def _kept(run: Run, steps: int, state: joint.TrainState) -> joint.TrainState:
     if step is not None:
         return parallel.whole(run.layout, checkpoint.read(directory, step, placed))
     with checkpoint.manager(directory) as manager:
-        found = checkpoint.restore(manager, placed)  # names what is damaged, and sets it aside
-        if found is None:
-            checkpoint.save(manager, steps, placed)
-    return parallel.whole(run.layout, found[1] if found else placed)
+        checkpoint.restore(manager, placed)  # names what is damaged, and sets it aside
+        checkpoint.save(manager, steps, placed)
+    return state

@@ -68,7 +68,8 @@ def train(
             return parallel.whole(run.layout, state)
         with contextlib.closing(logs.recorder(stage, directory, row_names, run.config.log_every, run.sinks)) as log:
             recorders = [log, *own] if first_process else []
-            _load([log] if first_process else [], first)
+            if first_process:
+                log.load(first)
             under_way = _Stage(stage, directory, row_names, recorders)
 
             def stepped(state: Any, batch: Any) -> Any:

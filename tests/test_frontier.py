@@ -1,6 +1,8 @@
 """The frontier: every point equal to a search of its own, and files that hold it."""
 
 import json
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -41,6 +43,24 @@ def test_equals_single_searches_on_a_large_table():
         single = solve(importance, [budget._replace(limit=found.limits[i])])
         assert found.solutions[i].objective == pytest.approx(single.objective, abs=1e-9)
     assert (np.diff([one.objective for one in found.solutions]) <= 1e-9).all()
+
+
+def test_the_time_limit_is_for_all_limits_together(monkeypatch):
+    """With searches that take all the time they are given, 40 limits end with the half second, not with 40 shares of it."""
+    module = sys.modules[frontier.__module__]
+    search, asked = module._solved, []
+
+    def slow(problem, deadline, similar):
+        asked.append(problem)
+        if similar is not None:
+            time.sleep(max(0.05, deadline - time.monotonic()))
+        return search(problem, time.monotonic() + 5, similar)
+
+    monkeypatch.setattr(module, "_solved", slow)
+    importance = made(5, layers=40, widths=(2, 3, 4, 5, 6))
+    found = frontier(importance, budgets_of(importance, "bitops=W3A3"), 40, time_limit=0.5)
+    assert found.seconds < 3 and found.without and len(asked) < 40
+    assert len(found.limits) + len(found.without) == 40
 
 
 def test_uniform_policies_are_on_it():

@@ -59,8 +59,8 @@ def make_parser() -> Parser:
     add(
         "--psd", action="store_true", help="project the interactions as CLADO does first (it changes what is minimised)"
     )
-    add("--time-limit", type=float, default=60.0, help="seconds of wall-clock for the solver (default 60)")
-    add("--random", type=int, default=20, help="random policies shown beside (default 20)")
+    add("--time-limit", type=float, help="of ilp: seconds of wall-clock for the solver (default 60)")
+    add("--random", type=int, help="of ilp: random policies shown beside (default 20)")
     add("--method", choices=methods.METHODS, default="ilp", help="ilp proves the least importance; the others measure")
     add("--evaluations", type=int, help="of a method that measures: policies measured at most")
     add("--seconds", type=float, help="of a method that measures: seconds after which it stops")
@@ -79,6 +79,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if arguments.json and not arguments.describe:
         raise Refusal("--json goes with --describe; leave it out, or add --describe --config …")
     rest = methods.check_options(arguments, rest)
+    arguments.time_limit = 60.0 if arguments.time_limit is None else arguments.time_limit
+    arguments.random = 20 if arguments.random is None else arguments.random
     settings = [word for word in rest if word.startswith("--criteria.") or not word.startswith("--")]
     rest = [*short(arguments), *rest]
     modelled = arguments.config or arguments.model
@@ -97,6 +99,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
             raise Refusal(f"--alpha is {arguments.alpha!r}; write auto or a positive number")
     if not 0 < arguments.time_limit < math.inf:
         raise Refusal(f"--time-limit is {arguments.time_limit:g}; write a positive number of seconds")
+    if not 0 <= arguments.random <= 100_000:
+        raise Refusal(f"--random is {arguments.random}; write a number of policies from 0 to 100000")
     if arguments.frontier is not None and not 2 <= arguments.frontier <= 10_000:
         raise Refusal(f"--frontier is {arguments.frontier}; write a number of limits from 2 to 10000, e.g. 64")
     if arguments.check != (arguments.policy is not None):

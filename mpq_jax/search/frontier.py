@@ -52,7 +52,8 @@ def frontier(
 ) -> Frontier:
     """The best policies at `count` limits of the first budget, evenly spaced in their logarithm.
 
-    From the least that any policy costs to the cost of the policy that is best without it. time_limit: for all.
+    From the least that any policy costs to the cost of the policy that is best without it. time_limit: seconds for all;
+    limits that it leaves no time for are in `without`.
     Raises Refusal where the other budgets cannot be kept, and for a budget on the largest layer (its few steps are
     what `--budget memory=…` is for).
     """
@@ -79,8 +80,8 @@ def frontier(
         here = full._replace(limit=(limit - budget.fixed, *full.limit[1:]), whole=(limit, *full.whole[1:]))
         since = time.monotonic()
         if not here.fits(last):
-            left = max(0.2, (deadline - since) / max(1, len(limits) - len(found)))
-            solved = _solved(here, since + left, progress)
+            left = (deadline - since) / (len(limits) - len(found) - len(without))
+            solved = _solved(here, since + left, progress) if left > 0 else None
             if solved is None:
                 without.append(limit)
                 continue

@@ -154,6 +154,10 @@ def check_options(arguments: Any, rest: Sequence[str]) -> list[str]:
             if getattr(arguments, name) is not None:
                 raise Refusal(f"--{name} goes with a method that measures: --method {', '.join(SETTINGS)}")
         return list(rest)
+    if arguments.time_limit is not None:
+        raise Refusal(f"--time-limit is of --method ilp; --method {arguments.method} stops after --seconds: give that")
+    if arguments.random is not None:
+        raise Refusal("--random is of --method ilp, which shows random policies beside; leave it out")
     if arguments.importance is not None:
         raise Refusal(f"--method {arguments.method} measures policies on a run's joint model; give --workdir in place")
     if arguments.alpha != "auto":

@@ -17,7 +17,7 @@ from mpq_jax import data, joint, logs, stages
 from mpq_jax.criteria.learned import RowLog, fit_alpha, load_rows, save_rows
 from mpq_jax.importance import load_importance
 from mpq_jax.stages.run import sliced, train_batches
-from mpq_jax.types import Bits, Importance, Layer
+from mpq_jax.types import Bits, Importance, Layer, Refusal
 from mpq_jax.workdir import latest_step, load_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -336,6 +336,23 @@ def test_a_log_is_gone_on_with_under_the_name_that_policies_had(tmp_path):
         expected = (steps, policies, losses[:, 3], uniform.mean(-1))
         for mine, given in zip(found, expected, strict=True):
             np.testing.assert_allclose(mine, given, rtol=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["half", "text", "npy", "missing", "empty"])
+def test_a_log_that_is_none_is_refused(tmp_path, damage):
+    path, layers = tmp_path / "random_rows.npz", (Layer("a", 4, 4, True),)
+    save_rows(path, layers, RowLog(np.arange(9), np.full((9, 1, 2), 3, np.int32), np.ones(9), np.ones(9)))
+    whole = path.read_bytes()
+    path.write_bytes({"half": whole[: len(whole) // 2], "text": b"rows", "empty": b""}.get(damage, whole))
+    if damage == "npy":
+        np.save(tmp_path / "array.npy", np.ones(3))
+        (tmp_path / "array.npy").replace(path)
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises(Refusal, match="cannot be read"):
+        load_rows(path, layers)
+    with pytest.raises(Refusal, match="cannot be read"):
+        stages.RowLogFile(path, 3, ["a"]).load(3)
 
 
 def test_dropout_scan_and_no_batch_statistics(place, tmp_path):

@@ -1,6 +1,7 @@
 """The paper's criterion: the learned step size itself is the importance (LIMPQ, Tang et al., ECCV 2022)."""
 
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,10 @@ class RowLog(NamedTuple):
     reference: np.ndarray
 
 
+# What numpy raises for a file that is no whole .npz; TypeError: for one that is a .npy.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
 def load_rows(path: str | Path, layers: Sequence[Layer]) -> RowLog:
     """Reads a run's random_rows.npz. Raises Refusal for one that is damaged, or of another model's layers."""
     again = "make it again with: python train.py --config … --workdir …"
@@ -37,7 +42,7 @@ def load_rows(path: str | Path, layers: Sequence[Layer]) -> RowLog:
         with np.load(path) as file:
             policies = policies_in(file)
             names, step, loss, uniform = (file[name] for name in ("layers", "step", "loss", "uniform"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise Refusal(f"{path} cannot be read: {str(error).splitlines()[0]}; {again}") from None
     if names.tolist() != [layer.path for layer in layers if layer.searched]:
         raise Refusal(f"{path} is of other layers than this model's; {again}")

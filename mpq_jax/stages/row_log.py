@@ -1,8 +1,6 @@
 """Losses of random policies, which alpha is fitted to: joint training's own, random_rows.npz, and some measured after it."""
 
 import itertools
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import numpy as np
 import optax
 
 from mpq_jax import joint, row_policies
-from mpq_jax.criteria.learned import RowLog, policies_in
+from mpq_jax.criteria.learned import UNREADABLE, RowLog, policies_in
 from mpq_jax.files import whole
 from mpq_jax.stages.run import Run, is_linen, train_batches
 from mpq_jax.tasks import random_streams
@@ -40,7 +38,7 @@ class RowLogFile:
             with np.load(self.path) as file:
                 rows = {name: file[name] for name in ("step", "loss", "uniform")}
                 rows["policies"] = policies_in(file)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except UNREADABLE as error:
             raise Refusal(f"{self.path} cannot be read ({error}); {self._again()}") from None
         keep = rows["step"] < step
         if set(rows["step"][keep].tolist()) != set(range(step)):

@@ -1,5 +1,6 @@
 """Tables of the proof's document that compare contestants' accuracies after fine-tuning, paired over seeds."""
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import proof_alpha, proof_paper
-from benchmarks.proof_lines import BUDGETS, LEVELS, NAMES, best_uniform, digest, keeps_own, result
+from benchmarks.proof_lines import BUDGETS, LEVELS, NAMES, best_uniform, result
 from benchmarks.proof_statistics import Runs, cell, of_runs, table
 
 DEFAULT = "output_fisher_third"
@@ -38,6 +39,8 @@ CONTESTANTS = {
     "gumbel": "DNAS",
     "edmips": "EdMIPS",
 }
+
+CONTROLS = ("best uniform", "random", "reversed", "initial", "constant", "power_law")
 
 
 def differences(runs: Runs, net: str, budget: str, name: str) -> list[float]:
@@ -80,15 +83,42 @@ def accuracy_table(runs: Runs, net: str) -> str:
     return table(head, rows)
 
 
-def against_table(runs: Runs, net: str, base: str, text_of_base: str) -> str:
-    """A contestant minus each of the others, paired, in points of test accuracy."""
+def against_table(runs: Runs, net: str, base: str, text_of_base: str, others: Collection[str] = ()) -> str:
+    """A contestant minus each of the others (of all others, where none are named), paired, in points of test accuracy."""
     levels, rows = measured_budgets(runs, net), []
     for name, text in {"best uniform": "the best uniform policy", **CONTESTANTS}.items():
+        if others and name not in others:
+            continue
         found = [proof_paper.paired(runs, net, budget, base, name) for budget in levels]
         cells = [gain(values) if len(values) >= SEEDS else "" for values in found]
         if name != base and any(cells):
             rows.append([text, *cells])
     return table([f"{text_of_base} minus", *levels], rows)
+
+
+def told_apart(runs: Runs, net: str, base: str = DEFAULT) -> dict[str, str]:
+    """Who is ahead of `base` by more than one standard error, at which budget, and how many comparisons there are.
+
+    Of contestants with SEEDS in common with it. "ahead", "behind": of `base`, with its accuracy minus theirs; "count": of all.
+    """
+    ahead, behind, count = [], 0, 0
+    for budget, (name, text) in itertools.product(measured_budgets(runs, net), CONTESTANTS.items()):
+        found = np.array(proof_paper.paired(runs, net, budget, base, name))
+        if name == base or len(found) < SEEDS:
+            continue
+        count += 1
+        error = found.std(ddof=1) / np.sqrt(len(found))
+        behind += int(found.mean() > error)
+        if found.mean() < -error:
+            ahead.append(f"{text} at {budget} ({gain(found)})")
+    return {"ahead": "; ".join(ahead) or "nobody", "behind": str(behind), "count": str(count)}
+
+
+def uniform_ahead(runs: Runs, net: str) -> str:
+    """How many standard errors the best uniform policy is ahead of the default, a number a budget of LEVELS."""
+    found = [np.array(proof_paper.paired(runs, net, budget, "best uniform", DEFAULT)) for budget in LEVELS]
+    told = [each.mean() / (each.std(ddof=1) / np.sqrt(len(each))) for each in found if len(each) >= SEEDS]
+    return ", ".join(f"{one:.1f}" for one in told)
 
 
 def headroom(runs: Runs, net: str, budget: str) -> list[float]:
@@ -127,23 +157,30 @@ def pooled_table(runs: Runs, nets: Sequence[str]) -> str:
 
 
 def leads(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
-    """How far contestants are ahead over all budgets: of each other, on each net, and of later runs alone."""
+    """How far contestants are ahead over all budgets: of each other, on each net, of later runs and of unseen ones alone.
+
+    Later: trained after seeds before had pointed to output-Fisher. Unseen: that had no part in choosing the default's alpha.
+    """
+    groups = {
+        "lead": runs,
+        "later": {run: lines for run, lines in runs.items() if run[1] >= FRESH[run[0]]},
+        "unseen": {run: lines for run, lines in runs.items() if run[1] not in proof_alpha.CHOSEN_ON[run[0]]},
+    }
+    pairs = (
+        *(("output_fisher", base, LEVELS) for base in ("learned", "regression", "mpqco")),
+        ("output_fisher", "constant", proof_alpha.BITOPS),
+        ("learned_third", "learned", proof_alpha.BITOPS),
+        ("constant_third", "constant", proof_alpha.BITOPS),
+        (DEFAULT, "output_fisher", proof_alpha.BITOPS),
+        (DEFAULT, "constant", proof_alpha.BITOPS),
+    )
     values = {}
-    for field, word in (("accuracy", ""), ("test_accuracy", " test")):
-        for name, base, levels in (
-            *(("output_fisher", base, LEVELS) for base in ("learned", "regression", "mpqco")),
-            ("output_fisher", "constant", proof_alpha.BITOPS),
-            ("learned_third", "learned", proof_alpha.BITOPS),
-            ("constant_third", "constant", proof_alpha.BITOPS),
-            (DEFAULT, "output_fisher", proof_alpha.BITOPS),
-        ):
-            for group, where in ((nets, "both"), *(((net,), net) for net in nets)):
-                gains = over_budgets(runs, group, name, field, base, levels)
-                values[f"lead {where} {name} over {base}{word}"] = cell(gains, 2, 100, sign=True)
-        for net in nets:
-            later = {run: lines for run, lines in runs.items() if run[1] >= FRESH[net]}
-            gains = over_budgets(later, (net,), "output_fisher", field)
-            values[f"fresh {net} output_fisher{word}"] = cell(gains, 2, 100, sign=True)
+    for (which, own), (name, base, levels) in itertools.product(groups.items(), pairs):
+        for group, where in ((nets, "both"), *(((net,), net) for net in nets)):
+            for field, word in (("accuracy", ""), ("test_accuracy", " test")):
+                gains = over_budgets(own, group, name, field, base, levels)
+                values[f"{which} {where} {name} over {base}{word}"] = cell(gains, 2, 100, sign=True)
+                values[f"{which} {where} {name} over {base} runs"] = str(len(gains))
     return values
 
 
@@ -153,9 +190,11 @@ def of_the_default(runs: Runs, net: str) -> Runs:
 
 
 def apart_table(runs: Runs, nets: Sequence[str]) -> str:
-    """The default minus others, of the runs that its alpha was not chosen on."""
+    """The default minus others, of the runs that its alpha was not chosen on, where there are others too."""
     rows = []
     for net in nets:
+        if all(seed not in proof_alpha.CHOSEN_ON[net] for _, seed in of_the_default(runs, net)):
+            continue
         own = {run: lines for run, lines in runs.items() if run[0] == net and run[1] not in proof_alpha.CHOSEN_ON[net]}
         seeds = ", ".join(str(seed) for _, seed in of_the_default(own, net))
         for name, text in {"best uniform": "the best uniform policy", **CONTESTANTS}.items():
@@ -165,105 +204,15 @@ def apart_table(runs: Runs, nets: Sequence[str]) -> str:
     return table(["net (seeds)", "the default minus", *proof_alpha.BITOPS], rows)
 
 
-def longer_table(runs: Runs, net: str, budget: str) -> str:
-    """Test accuracies after the usual and after longer fine-tuning, of the runs that have both."""
-
-    def long(lines: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-        best = best_uniform(lines, budget)
-        name = f"uniform {best[0]}" if name == "best uniform" and best else name
-        one = lines.get(f"chosen {budget} {name}")
-        return one and lines.get(f"longer {digest(one['policy'])}")
-
-    rows = []
-    own = {run: lines for run, lines in runs.items() if run[0] == net and long(lines, "best uniform")}
-    for name, text in {"best uniform": "the best uniform policy", **CONTESTANTS}.items():
-        both = {run: lines for run, lines in own.items() if long(lines, name)}
-        if not both:
-            continue
-        level = [100 * long(lines, name)["test_accuracy"] for lines in both.values()]
-        ahead = [
-            long(lines, name)["test_accuracy"] - long(lines, "best uniform")["test_accuracy"] for lines in both.values()
-        ]
-        usual = proof_paper.paired(both, net, budget, name, "best uniform")
-        rows.append([text, str(len(both)), cell(usual, 2, 100, sign=True), cell(ahead, 2, 100, sign=True), cell(level)])
-    return table(
-        ["", "seeds", "minus best uniform, 200 steps", "the same, 1,000 steps", "test accuracy, %, 1,000 steps"], rows
-    )
-
-
-def statistics_table(runs: Runs, net: str, budget: str) -> str:
-    """What either statistics give after longer fine-tuning: a row a contestant, seed and order of the batches."""
-    rows = []
-    for (own, seed), lines in runs.items():
-        for name, text in CONTESTANTS.items():
-            policy = lines.get(f"chosen {budget} {name}", {}).get("policy")
-            for order in (0, 1):
-                found = policy and lines.get(f"statistics {digest(policy)} {order}")
-                if own == net and found:
-                    cells = [
-                        form.format(scale * found[word][field])
-                        for word in ("restated", "running")
-                        for form, scale, field in (
-                            ("{:.4f}", 1, "train_loss"),
-                            ("{:.4f}", 1, "loss"),
-                            ("{:.2f}", 100, "accuracy"),
-                        )
-                    ]
-                    rows.append([f"{text}, seed {seed}, order {order + 1}", *cells])
-    fields = ("training loss", "validation loss", "validation accuracy, %")
-    return table(["", *(f"{word}: {field}" for word in ("measured anew", "of training") for field in fields)], rows)
-
-
-def either_table(runs: Runs, names: Mapping[str, str]) -> str:
-    """How far the two statistics of the same fine-tuned weights are apart: test accuracies in points, a row a net."""
-    rows = []
-    for net, shown in names.items():
-        found = [
-            line
-            for lines in runs.values()
-            for line in lines.values()
-            if line["net"] == net and line["key"].startswith("finetuned ") and "running" in line
-        ]
-        if not found:
-            continue
-        apart = [100 * (line["running"]["test_accuracy"] - line["test_accuracy"]) for line in found]
-        own = [keeps_own(line) for line in found]
-        better = [difference if is_own else -difference for difference, is_own in zip(apart, own, strict=True)]
-        rows.append(
-            [
-                shown,
-                str(len(found)),
-                str(sum(own)),
-                f"{np.median(np.abs(apart)):.2f}",
-                f"{np.max(np.abs(apart)):.2f}",
-                str(sum(abs(one) > 1 for one in apart)),
-                f"{np.mean(better):+.2f}",
-                f"{np.min(better):+.2f}",
-            ]
-        )
-    head = ["fine-tunings", "kept those of training", "apart, median", "largest", "more than 1 point"]
-    return table(["", *head, "the kept minus the other, mean", "smallest"], rows)
-
-
-def rounding(runs: Runs) -> str:
-    """What fine-tuning the same policies again with sums in another order changed, in points: of the lines "rounding"."""
-    apart = [
-        100 * (accuracy - lines[f"finetuned {key}"]["test_accuracy"])
-        for lines in runs.values()
-        for key, accuracy in lines.get("rounding", {"test_accuracy": {}})["test_accuracy"].items()
-    ]
-    return ", ".join(f"{one:+.2f}" for one in sorted(apart))
-
-
 def values(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
     """{placeholder: text} of this module's tables."""
     found = {"pooled": pooled_table(runs, nets), "apart": apart_table(runs, nets), **leads(runs, nets)}
     for net in nets:
         found[f"accuracy {net}"] = accuracy_table(runs, net)
         found[f"against {net}"] = against_table(runs, net, DEFAULT, "the default")
-        found[f"learned against {net}"] = against_table(runs, net, "learned", CONTESTANTS["learned"])
-        found[f"longer {net}"] = longer_table(runs, net, "W2A3")
-        found[f"statistics {net}"] = statistics_table(runs, net, "W2A3")
+        found[f"learned against {net}"] = against_table(runs, net, "learned", CONTESTANTS["learned"], CONTROLS)
+        found[f"uniform ahead {net}"] = uniform_ahead(runs, net)
+        found |= {f"told {net} {word}": text for word, text in told_apart(runs, net).items()}
         same = of_the_default(runs, net)
         found[f"default seeds {net}"] = str(len(same))
         for budget in measured_budgets(runs, net):

@@ -116,16 +116,16 @@ def alpha_table(runs: Runs, names: Mapping[str, str]) -> str:
 
 
 def values(runs: Runs, names: Mapping[str, str]) -> dict[str, str]:
-    """{placeholder: text} of this module's tables: "third NET": the correlation at a third minus that at 1, over runs."""
+    """{placeholder: text} of this module's tables: "third NET TABLE": the correlation at a third minus that at 1, over runs."""
     found = {"alphas": alpha_table(runs, names)}
-    for net, narrow in itertools.product(names, (True, False)):
+    for net, name, narrow in itertools.product(names, TABLES, (True, False)):
         pairs = [
-            [within(lines, "output_fisher", alpha, narrow) for alpha in (1 / 3, 1.0)]
+            [within(lines, name, alpha, narrow) for alpha in (1 / 3, 1.0)]
             for run, lines in runs.items()
             if run[0] == net
         ]
         gains = [a - b for a, b in pairs if a is not None and b is not None]
-        found[f"third {net}{'' if narrow else ' wide'}"] = (
+        found[f"third {net} {name}{'' if narrow else ' wide'}"] = (
             f"{cell(gains, sign=True)} ({len(gains)} runs)" if gains else ""
         )
     return found

@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import proof_accuracy, proof_alpha, proof_cheaper, proof_paper, proof_prediction
+from benchmarks import proof_accuracy, proof_alpha, proof_cheaper, proof_firm, proof_paper, proof_prediction
 from benchmarks.proof_lines import BUDGETS, NAMES, kept
 from benchmarks.proof_statistics import Runs, spearman
 
@@ -81,11 +81,10 @@ def document(runs: Runs, cheaper: Runs) -> str:
     better = {run: kept(lines) for run, lines in runs.items()}
     better = {run: lines for run, lines in better.items() if any(key.startswith("finetuned ") for key in lines)}
     values = {
-        "either": proof_accuracy.either_table(runs, names),
-        "rounding": proof_accuracy.rounding(runs),
         **{f"kept {name}": value for name, value in proof_accuracy.values(better, nets).items()},
         **proof_prediction.values(runs, nets),
         **proof_accuracy.values(runs, nets),
+        **proof_firm.values(runs, better, names),
         **proof_alpha.values(runs, names),
         **proof_paper.values(runs, names, tuple(BUDGETS)),
         **proof_cheaper.values(cheaper, (*names, *DIGITS)),

@@ -164,8 +164,8 @@ def ceilings(runs: Runs, net: str) -> list[list[str]]:
 
 
 def of_two(values: Sequence[float], digits: int = 2) -> str:
-    """A cell of the tables of predictions, which show what two runs have at least."""
-    return cell(values, digits) if len(values) >= 2 else ""
+    """A cell of the tables of predictions, which show what two runs have at least; in brackets how many, but for three."""
+    return cell(values, digits) + (f" ({len(values)})" if len(values) != 3 else "") if len(values) >= 2 else ""
 
 
 def prediction_table(runs: Runs, net: str) -> str:

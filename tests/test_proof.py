@@ -13,6 +13,7 @@ from benchmarks import (
     proof_cheaper,
     proof_contest,
     proof_document,
+    proof_firm,
     proof_lines,
     proof_prediction,
     proof_statistics,
@@ -55,6 +56,65 @@ def test_a_difference_computed_another_way(runs):
     assert proof_accuracy.differences(runs, "resnet8", "W3A3", "sampled") == pytest.approx(wanted)
 
 
+def of_accuracies(accuracies, own=None):
+    """{("resnet8", seed): lines} of contestants' test accuracies at W2A3, a value a seed; own: of the running statistics."""
+    runs = {}
+    for number, (name, values) in enumerate(accuracies.items()):
+        for seed, value in enumerate(values):
+            bits = [[number, seed]]
+            line = {"test_accuracy": value, "loss": 1 - value, "train_loss": 1.0}
+            if own:
+                line["running"] = {"test_accuracy": own[name][seed], "loss": 1 - own[name][seed], "train_loss": 0.9}
+            lines = runs.setdefault(("resnet8", seed), {})
+            lines[f"chosen W2A3 {name}"] = {"policy": bits}
+            lines[f"finetuned {proof_lines.digest(bits)}"] = line
+    return runs
+
+
+def test_who_is_ahead_of_the_default_by_more_than_one_standard_error():
+    """Three seeds: a constant that is ahead by 1, 2 and 3 points, a random policy by -1, 0 and 3, MPQCO in two seeds alone."""
+    accuracies = {
+        "uniform W2A3": (0.5, 0.5, 0.51),  # a budget is one that uniform policies were fine-tuned at
+        "output_fisher_third": (0.80, 0.80, 0.80),
+        "constant": (0.81, 0.82, 0.83),  # mean 2, standard error 1 / sqrt(3)
+        "random": (0.79, 0.80, 0.83),  # mean 2/3, standard error 2.08 / sqrt(3)
+        "learned": (0.70, 0.71, 0.72),
+        "mpqco": (0.90, 0.90),
+    }
+    runs = of_accuracies(accuracies)
+    found = proof_accuracy.told_apart(runs, "resnet8")
+    assert found == {"ahead": "control: constant at W2A3 (-2.00 ± 2.48)", "behind": "1", "count": "3"}
+    assert proof_accuracy.uniform_ahead(runs, "resnet8") == f"{-(0.89 / 3) / (0.01 / 3):.1f}"
+
+
+def test_what_one_of_two_statistics_tells_apart():
+    """The default is ahead of a constant by 1.0, 1.0, 1.1 points, or by 1, -1 and 2; and of uniform policies either way."""
+    accuracies = {
+        "uniform W2A3": (0.5, 0.5, 0.51),
+        "output_fisher_third": (0.8, 0.8, 0.8),
+        "constant": (0.79, 0.79, 0.789),
+        "learned": (0.9, 0.9, 0.901),
+    }
+    own = {**accuracies, "constant": (0.79, 0.81, 0.78), "learned": (0.7, 0.7, 0.701)}
+    runs = of_accuracies(accuracies, own)
+    better = {run: proof_lines.kept(lines) for run, lines in runs.items()}
+    found = proof_firm.crossing(runs, better, "resnet8")
+    assert found == {
+        "crossing": "control: constant at W2A3 (+1.03 ± 0.14 and +0.67 ± 3.79)",
+        "count": "3",
+        "opposite": "1",
+    }
+
+
+def test_a_fine_tuning_has_failed_that_ends_two_points_below_the_median():
+    accuracies = {"learned": (0.80,), "constant": (0.81,), "mpqco": (0.778,), "hawq": (0.5,), "random": (0.1,)}
+    runs = of_accuracies(accuracies)
+    same = runs["resnet8", 0]["chosen W2A3 hawq"]
+    runs["resnet8", 0]["chosen W2A3 hawq_v2"] = same  # the same policy is fine-tuned once
+    # Of 0.5, 0.778, 0.80 and 0.81 the median is 0.789.
+    assert proof_firm.failed(runs, "resnet8") == "1 of 4: HAWQ and HAWQ-v2, seed 0, W2A3 (-28.9)"
+
+
 def test_of_two_statistics_those_are_kept_that_lose_less_in_training():
     """Whatever they lose on validation images; a line that has but one of them is left out."""
 
@@ -74,7 +134,7 @@ def test_of_two_statistics_those_are_kept_that_lose_less_in_training():
     assert [one["steps"] for one in found.values() if "steps" in one] == [9, 9, 9]
     assert (found["finetuned 1"]["test_accuracy"], found["longer 1"]["test_accuracy"]) == (0.7, 0.8)
     runs = {("resnet8", s): {k: {"net": "resnet8", "key": k, **v} for k, v in lines.items()} for s in (0, 1)}
-    row = proof_accuracy.either_table(runs, {"resnet8": "R"}).splitlines()[-1]
+    row = proof_firm.either_table(runs, {"resnet8": "R"}).splitlines()[-1]
     assert row == "| R | 2 | 2 | 10.00 | 10.00 | 2 | -10.00 | -10.00 |"
 
 

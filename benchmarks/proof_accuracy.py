@@ -33,6 +33,7 @@ CONTESTANTS = {
     "one_at_a_time": "one layer at a time",
     "regression": "regression on random rows",
     "regression_pairwise": "the same with pairs",
+    "combined": "the default's table and regression on random rows, added",
     "sampled": "regression on sampled policies",
     "sampled_pairwise": "the same with pairs",
     "evolution": "evolution (SPOS)",

@@ -61,7 +61,7 @@ def parts_of(
 
 def third(lines: Mapping[str, Any], level: str, name: str) -> list[float] | None:
     """What a table says of a level's random policies, its weights' entries counted a third, from what it predicted as it is."""
-    policies = lines.get(f"random {level}", {"policies": []})["policies"]
+    policies = lines.get(f"random {level}", {}).get("policies", [])
     parts = None if f"parts {name}" in lines else parts_of(lines, name, dict(enumerate(policies)))
     if not parts or len(parts) < len(policies):
         return None

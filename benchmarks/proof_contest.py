@@ -5,9 +5,9 @@ import time
 from collections.abc import Sequence
 
 from benchmarks import cheaper
-from benchmarks.proof_lines import THIRDS, as_lists, as_policy, best_uniform, digest
+from benchmarks.proof_lines import COMBINED, THIRDS, as_lists, as_policy, best_uniform, digest
 from benchmarks.proof_run import SAMPLED, SEARCHES, Bench, held, of_either, tuner
-from benchmarks.proof_tables import pairs_of, sampled_table, table_of
+from benchmarks.proof_tables import combined_table, pairs_of, sampled_table, table_of
 from mpq_jax import costs, data, importance, joint, stages
 from mpq_jax.criteria import CRITERIA, files
 from mpq_jax.criteria.learned import learned
@@ -80,6 +80,8 @@ def chosen(bench: Bench, budget: str, name: str) -> list[list[int]]:
         if name in SAMPLED:
             pairs = pairs_of(bench.run.model, bench.run.variables, bench.run.example())
             own = sampled_table(bench.run.model, pairs, bench.lines, name, budget)
+        elif name in COMBINED:
+            own = combined_table(bench.workdir, name, budgets, bench.seed)
         else:
             own = table_of(bench.workdir, name)
         choice = solve(own._replace(rules=table.rules), budgets).policy
@@ -92,8 +94,9 @@ def contestants(bench: Bench) -> list[tuple[str, str]]:
     asked = bench.settings.budgets
     tasks = [(budget, name) for budget in asked for name in uniforms(*bench.budgets(budget))]
     for budget, name in itertools.product(asked, bench.settings.contestants):
-        source = THIRDS.get(name, name)
-        made = name in (*SAMPLED, "random") or (source in CRITERIA and files.path_of(bench.workdir, source).exists())
+        sources = [THIRDS.get(each, each) for each in COMBINED.get(name, (name,))]
+        tables = all(each in CRITERIA and files.path_of(bench.workdir, each).exists() for each in sources)
+        made = name in (*SAMPLED, "random") or tables
         if made or f"chosen {budget} {name}" in bench.lines:
             tasks.append((budget, name))
     return tasks

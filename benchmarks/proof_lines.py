@@ -22,6 +22,8 @@ PREDICTED = ("W2A3", "W3A3")  # where predictions are measured
 TUNED = ("finetuned", "longer", "tuned", "repeat")  # first words of the lines of policies after fine-tuning
 # Tables with the weights' factor a third of what it was: (contestant, whose table).
 THIRDS = {"output_fisher_third": "output_fisher", "learned_third": "learned", "constant_third": "constant"}
+# Sums of two tables, each divided by its standard deviation over random policies near the budget.
+COMBINED = {"combined": ("output_fisher_third", "regression")}
 # Whose alpha is looked for after fine-tuning.
 TABLES = {"output_fisher": "output-Fisher", "learned": "learned step sizes"}
 

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks import proof_alpha
-from benchmarks.proof_lines import PREDICTED, THIRDS
+from benchmarks.proof_lines import COMBINED, PREDICTED, THIRDS
 from benchmarks.proof_statistics import Runs, cell, of_runs, reliability, spearman, table
 
 TWICE = 12  # policies that were fine-tuned twice, for an order to be asked of
@@ -23,6 +23,7 @@ PREDICTORS = {
     "one_at_a_time": "one layer at a time",
     "regression": "regression on joint training's random rows",
     "regression_pairwise": "the same, with pairs",
+    "combined": "the default's table and regression on random rows, added",
     "sampled": "regression on sampled policies near the budget, divergence",
     "sampled_loss": "the same, of their loss",
     "sampled_pairwise": "the same, of their divergence, with pairs",
@@ -49,6 +50,17 @@ def drawn(lines: Mapping[str, Any], budget: str) -> Mapping[str, Any]:
     return lines.get(f"random {budget}", {"loss": [], "halves": []})
 
 
+def predicted(lines: Mapping[str, Any], budget: str, name: str) -> list[float] | None:
+    """What a table says of the random policies at a budget; None where that is not known."""
+    if name in COMBINED:
+        each = [predicted(lines, budget, part) for part in COMBINED[name]]
+        return (
+            None if any(one is None for one in each) else np.sum([one / np.std(one) for one in each], axis=0).tolist()
+        )
+    said = lines.get(f"predicted {budget} {name}", {}).get("values")
+    return proof_alpha.third(lines, budget, THIRDS[name]) if said is None and name in THIRDS else said
+
+
 def correlations(runs: Runs, net: str, budget: str, name: str, after: bool) -> list[float]:
     """Rank correlation of predicted harm and measured loss, a number a seed. after: a short fine-tuning."""
     found = []
@@ -56,9 +68,7 @@ def correlations(runs: Runs, net: str, budget: str, name: str, after: bool) -> l
         if own != net:
             continue
         losses = [one["loss"] for one in tuned(lines, budget)] if after else drawn(lines, budget)["loss"]
-        said = lines.get(f"predicted {budget} {name}", {}).get("values")
-        if said is None and name in THIRDS:
-            said = proof_alpha.third(lines, budget, THIRDS[name])
+        said = predicted(lines, budget, name)
         if said and losses:
             found.append(spearman(said[: len(losses)], losses))
     return found
@@ -112,7 +122,7 @@ def twice(lines: Mapping[str, Any], level: str) -> np.ndarray | None:
 def of_the_mean(lines: Mapping[str, Any], level: str, name: str) -> float | None:
     """Rank correlation of a prediction with the mean loss of two fine-tunings. name: "joint" for the joint model's loss."""
     losses = twice(lines, level)
-    said = drawn(lines, level)["loss"] if name == "joint" else lines.get(f"predicted {level} {name}", {}).get("values")
+    said = drawn(lines, level)["loss"] if name == "joint" else predicted(lines, level, name)
     return None if losses is None or not said else spearman(said[: len(losses)], losses.mean(1))
 
 

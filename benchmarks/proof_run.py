@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.proof_lines import BUDGETS, LEVELS, THIRDS, Lines
+from benchmarks.proof_lines import BUDGETS, COMBINED, LEVELS, THIRDS, Lines
 from mpq_jax import config as config_lib
 from mpq_jax import costs, data, importance, joint, pipeline, policy, stages
 from mpq_jax import workdir as workdirs
@@ -26,6 +26,7 @@ SAMPLED = ("sampled", "sampled_pairwise")  # regressions on the stage `samples`
 CONTESTANTS = (  # the default's joint training with slices of the batch is "sliced"
     *("learned", "sliced", "output_fisher", *THIRDS, "random", "reversed", "initial", "constant", "power_law"),
     *("hawq", "hawq_v2", "mpqco", "one_at_a_time", "regression", "regression_pairwise"),
+    *COMBINED,
     *SAMPLED,
     *SEARCHES,
 )

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.proof_lines import BUDGETS, LEVELS, PREDICTED, TABLES, Lines, as_policy, finetuned
+from benchmarks.proof_lines import BUDGETS, COMBINED, LEVELS, PREDICTED, TABLES, Lines, as_policy, finetuned
 from benchmarks.proof_run import SAMPLED, THIRDS, Bench
 from mpq_jax import build, costs, data, importance, joint
 from mpq_jax import config as config_lib
@@ -19,8 +19,8 @@ from mpq_jax.criteria import CRITERIA, files
 from mpq_jax.criteria.compute import measure
 from mpq_jax.criteria.coupling import coupled_pairs, searched_pairs
 from mpq_jax.criteria.learned import RowLog, load_rows
-from mpq_jax.search import solve
-from mpq_jax.types import Importance, QuantizedModel
+from mpq_jax.search import random_policies, solve
+from mpq_jax.types import Budget, Importance, QuantizedModel
 
 HESSIAN = ("hawq", "hawq_v2")  # the criteria that take longest
 FEWER = (30, 60, 120)
@@ -90,6 +90,18 @@ def table_of(workdir: Path, name: str) -> Importance:
     table, _ = importance.repair(importance.load_importance(files.path_of(workdir, source)))
     alpha = 1.0 if source == "output_fisher" else table.alpha
     return table._replace(alpha=alpha / 3 if name in THIRDS and alpha is not None else alpha)
+
+
+def combined_table(workdir: Path, name: str, budgets: Sequence[Budget], seed: int) -> Importance:
+    """One of COMBINED, for these budgets."""
+    tables = [table_of(workdir, each) for each in COMBINED[name]]
+    policies = random_policies(tables[0], budgets, 60, seed=seed)
+    weight, activation = np.zeros_like(tables[0].weight), np.zeros_like(tables[0].activation)
+    for each in tables:
+        deviation = np.std([importance.total(each, policy) for policy in policies])
+        weight += (1.0 if each.alpha is None else each.alpha) * each.weight / deviation
+        activation += each.activation / deviation
+    return tables[0]._replace(criterion=name, alpha=1.0, weight=weight, activation=activation)
 
 
 def parts(workdir: Path) -> None:

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from tables import budgets_of, made
 
 from benchmarks import (
     proof,
@@ -20,6 +21,8 @@ from benchmarks import (
     proof_tables,
 )
 from mpq_jax import build, config, costs, importance
+from mpq_jax.criteria import files
+from mpq_jax.search import random_policies
 from mpq_jax.types import Bits, Importance, Layer
 
 
@@ -287,6 +290,33 @@ def test_the_sampled_table_finds_additive_harm(tmp_path):
     table = proof_tables.sampled_table(model, (), lines, "sampled", "W3A4")
     assert table.weight is not None
     np.testing.assert_allclose(table.weight, weight - weight[:, -1:], atol=0.02)
+
+
+def test_two_tables_added_weigh_alike(tmp_path):
+    """Of a policy: what either table says over its standard deviation over random policies, from tables and from lines."""
+    tables = [
+        made(seed, layers=6)._replace(criterion=name, alpha=1.0 if name == "output_fisher" else 0.7)
+        for seed, name in ((0, "output_fisher"), (1, "regression"))
+    ]
+    # The same layers in both.
+    tables[1] = tables[1]._replace(layers=tables[0].layers, weight=100 * tables[1].weight)
+    for each in tables:
+        importance.save_importance(files.path_of(tmp_path, each.criterion), each)
+    (budget,) = budgets_of(tables[0], "bitops=W3A3")
+    policies = random_policies(tables[0], [budget], 60, seed=4)
+    said = [
+        np.array([importance.total(each._replace(alpha=alpha), policy) for policy in policies])
+        for each, alpha in zip(tables, (1 / 3, 0.7), strict=True)
+    ]
+    wanted = said[0] / said[0].std() + said[1] / said[1].std()
+    found = proof_tables.combined_table(tmp_path, "combined", [budget], seed=4)
+    np.testing.assert_allclose([importance.total(found, policy) for policy in policies], wanted, rtol=1e-9)
+    lines = {
+        f"predicted W3A3 {name}": {"values": values.tolist()}
+        for name, values in zip(("output_fisher_third", "regression"), said, strict=True)
+    }
+    np.testing.assert_allclose(proof_prediction.predicted(lines, "W3A3", "combined"), wanted, rtol=1e-9)
+    assert proof_prediction.predicted({}, "W3A3", "combined") is None
 
 
 def test_a_regret_computed_another_way():

@@ -45,7 +45,7 @@ class Quantize:
     quantizer: str = "lsq"  # lsq, pact, qil or lq_nets
     bit_widths: tuple[int, ...] = (2, 3, 4, 5, 6)
     activation_bit_widths: tuple[int, ...] = ()  # empty: as bit_widths
-    rules: tuple[str, ...] = ()  # "regex=8,8" (fixed), "regex=float", "regex=w2/4/8,a4/8" (candidates); first wins
+    rules: tuple[str, ...] = ()  # "regex=8,8" (fixed), "regex=float", "regex=w2/4/8,a4/8"; first wins; ";" between
     ends: str = "8,8"  # first and last layer where no rule speaks of them; "searched": as any other
     tie_activations: bool = True
     start: str = "statistics"  # of grids: statistics, or same (a spacing of 0.1 / bits in every layer)
@@ -330,7 +330,9 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
             if not rest:
                 raise Refusal(f"option --{key} needs a value, e.g. --{key} {as_text(known[key][1]) or 'X'}")
             value = rest.pop(0)
-        changes[key] = parse_value(key, known[key][0], value)
+        parsed = parse_value(key, known[key][0], value)
+        # Rules add up, as those of search.py do; of other options the last counts.
+        changes[key] = (*changes[key], *parsed) if key == "quantize.rules" and key in changes else parsed
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
         if section:

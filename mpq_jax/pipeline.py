@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -202,11 +203,17 @@ def finish(config: Config, workdir: Path, policy_path: Path) -> Path:
         **indicators(workdir, table),
     )
     path = report.write(made, workdir)
-    results = [row._asdict() for row in rows]
+    results = [_as_json(row) for row in rows]
     write_json(workdir / "results.json", {"format": "mpq-results", "version": 1, "rows": results})
     print(report.terminal_table(made))
     print(f"report: {path.with_suffix('.html')} (for a browser), {path}")
     return path
+
+
+def _as_json(row: Any) -> dict[str, Any]:
+    """The fields of a row; null where they are no number (test data with NaN, say): JSON has none."""
+    fields = row._asdict()
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in fields.items()}
 
 
 def finetuned(

@@ -104,6 +104,23 @@ def _check_outputs(model: FloatModel, outputs: Any, batch: Mapping[str, Any], na
                 f"{what} of --model {name} returned {_shown(found)} for 2 examples; return one number an example, [2] or "
                 "[2, …]: the mean is taken here, so that padding does not count"
             )
+        if (more := _of_three(function, outputs, batch)) is not None and more[1:] != found.shape[1:]:
+            raise Refusal(
+                f"{what} of --model {name} returned {list(found.shape)} for 2 examples and {list(more)} for 3, every example "
+                "with every other: labels of [N, 1] beside predictions of [N], perhaps; return one number an example"
+            )
+
+
+def _of_three(function: Any, outputs: Any, batch: Any) -> tuple[int, ...] | None:
+    """The shape of a loss of 3 examples, from the outputs and the batch of 2; None where it cannot be told."""
+
+    def grown(x: Any) -> Any:
+        return jax.ShapeDtypeStruct((3, *x.shape[1:]), x.dtype) if x.shape[:1] == (2,) else x
+
+    try:
+        return jax.eval_shape(function, *jax.tree.map(grown, (outputs, batch))).shape
+    except Exception:
+        return None
 
 
 def _call_failed(model: FloatModel, inputs: Sequence[Any], kwargs: Any, name: str, error: Exception) -> str:

@@ -59,6 +59,10 @@ def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         import orbax.checkpoint as ocp
 
+        # A folder of checkpoints, as a run's pretrain/ is: the newest one's.
+        if steps := [each for each in path.iterdir() if each.name.isdigit() and each.is_dir()]:
+            path = max(steps, key=lambda each: int(each.name))
+        path = path / "default" if (path / "default").is_dir() else path
         with ocp.PyTreeCheckpointer() as reader:
             return flat(_numbered(reader.restore(path.absolute())))
     if path.suffix == ".safetensors":

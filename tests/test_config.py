@@ -40,6 +40,10 @@ def test_overrides():
     assert config.joint.steps == 7 and config.quantize.bit_widths == (2, 4) and config.seed == 3
     assert config.data.augment is False and config.model.options == {"width": 0.5}
     assert config.quantize.rules == ("stem=8,8", "head=float")
+    # Given again they add up; of other options the last counts.
+    more = ["--quantize.rules", "conv=4,4", "--joint.steps", "1", "--joint.steps", "2"]
+    again = config_lib.override(config_lib.Config(), [*arguments, *more])
+    assert again.quantize.rules == ("stem=8,8", "head=float", "conv=4,4") and again.joint.steps == 2
     again = config_lib.to_json(config)
     assert again["joint"]["steps"] == 7 and json.dumps(again)
 

@@ -158,6 +158,7 @@ def test_mistakes_in_a_model(tmp_path, capsys, model, words):
             "mean_loss",
             r"loss of --model own_models:mean_loss returned float32\[\] for 2 examples; return one number an",
         ),
+        ("column_loss", r"returned \[2, 2\] for 2 examples and \[3, 3\] for 3, every example"),
         ("no_noise", r"cannot be called with .* is_training=True: InvalidRngError.*noise"),
         ("loss_that_fails", "loss of --model own_models:loss_that_fails failed .* KeyError: 'distnace'"),
         ("distance --pretrain.label_smoothing 0.1", "has a loss of its own; set it to 0"),

@@ -13,7 +13,7 @@ from made_reports import rows_of, table_named, taken_apart
 import search
 import train
 from mpq_jax import config as config_lib
-from mpq_jax import data, joint, logs, stages
+from mpq_jax import data, joint, logs, pipeline, report, stages
 from mpq_jax.criteria.learned import RowLog, fit_alpha, load_rows, save_rows
 from mpq_jax.importance import load_importance
 from mpq_jax.stages.run import sliced, train_batches
@@ -179,8 +179,8 @@ def test_training_that_is_not_finite_stops(place, capsys, every, words):
     code = train.main(arguments(place, run, *more, "--checkpoint_every", every))
     error = capsys.readouterr().err.splitlines()[-1]
     found = re.search(words, error)
-    assert code == 2 and found and "last good checkpoint" in error
     kept = sorted(int(p.name) for p in (place / run / "pretrain").iterdir() if p.name.isdigit())
+    assert code == 2 and found and ("last good checkpoint" in error) == bool(kept)
     assert all(k <= int(found[1]) for k in kept)
 
 
@@ -336,6 +336,13 @@ def test_a_log_is_gone_on_with_under_the_name_that_policies_had(tmp_path):
         expected = (steps, policies, losses[:, 3], uniform.mean(-1))
         for mine, given in zip(found, expected, strict=True):
             np.testing.assert_allclose(mine, given, rtol=1e-6)
+
+
+def test_a_loss_that_is_no_number_is_null_in_results():
+    """Test data with NaN in them, say: found out after everything has been fine-tuned."""
+    row = report.AccuracyRow("mixed", 0.5, None, 1, float("nan"), 10, 20)
+    found = json.loads(json.dumps(pipeline._as_json(row), allow_nan=False))
+    assert found == {**row._asdict(), "loss": None}
 
 
 @pytest.mark.parametrize("damage", ["half", "text", "npy", "missing", "empty"])

@@ -47,6 +47,9 @@ def test_what_cannot_be_started_or_saved_is_refused(tmp_path):
     """A gradient can overflow where no loss does: then no checkpoint holds what came of it."""
     good, bad = {"conv": {"kernel": jnp.ones(3)}}, {"conv": {"kernel": jnp.float32([1, jnp.nan, 1])}}
     loop._check_parameters(good, 7, "joint", tmp_path)
+    with pytest.raises(Refusal, match="after step 7 of joint; lower the learning rate"):
+        loop._check_parameters(bad, 7, "joint", tmp_path)
+    (tmp_path / "5").mkdir()
     with pytest.raises(
         Refusal, match=r"\['conv'\]\['kernel'\] is not finite after step 7 of joint; the last good checkpoint"
     ):

@@ -36,7 +36,11 @@ def test_weights_from_files_of_every_kind(tmp_path):
     with ocp.PyTreeCheckpointer() as writer:
         writer.save((tmp_path / "c").absolute(), {**TREE, "step": 4, "opt_state": [np.zeros(2)]})
         writer.save((tmp_path / "d").absolute(), {k: {"value": v} for k, v in one_tree.items()})
-    for name in ("a.safetensors", "nnx.safetensors", "b.msgpack", "c", "d"):
+        # A folder of checkpoints, as runs and orbax's manager have them: the newest counts.
+        for step, factor in ((9, 0.0), (100, 1.0)):
+            each = jax.tree.map(lambda x, factor=factor: factor * x, TREE)
+            writer.save((tmp_path / "run" / str(step) / "default").absolute(), each)
+    for name in ("a.safetensors", "nnx.safetensors", "b.msgpack", "c", "d", "run", "run/100", "run/100/default"):
         loaded = weights.load(tmp_path / name, empty)
         assert loaded.pop("RngCount") == empty["RngCount"]
         jax.tree.map(np.testing.assert_array_equal, loaded, TREE)

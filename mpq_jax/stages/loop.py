@@ -142,9 +142,15 @@ def _check_parameters(params: Any, step: int, stage: str, directory: Path) -> No
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all():
             raise Refusal(
-                f"{jax.tree_util.keystr(path)} is not finite after step {step} of {stage}; the last good checkpoint is kept "
-                f"in {directory}; lower the learning rate, or look at the data, and start again"
+                f"{jax.tree_util.keystr(path)} is not finite after step {step} of {stage}; {_kept(directory)}lower the "
+                "learning rate, or look at the data, and start again"
             )
+
+
+def _kept(directory: str | Path) -> str:
+    """What a refusal says of the checkpoints there: nothing where there is none."""
+    there = any(each.name.isdigit() for each in Path(directory).glob("*"))
+    return f"the last good checkpoint is kept in {directory}; " if there else ""
 
 
 def _settle(stage: _Stage, pending: list[tuple[int, Mapping[str, jax.Array]]]) -> np.ndarray:
@@ -157,8 +163,9 @@ def _settle(stage: _Stage, pending: list[tuple[int, Mapping[str, jax.Array]]]) -
             row = stage.row_names[int(np.flatnonzero(~np.isfinite(fetched["losses"]))[0])]
             option = stage.name.split("/")[0].removeprefix("search_")
             raise Refusal(
-                f"the loss of row {row} is not finite at step {i} of {stage.name}; the last good checkpoint is "
-                f"kept in {stage.directory}; lower the learning rate (--{option}.learning_rate) and start again"
+                f"the loss of row {row} is not finite at step {i} of {stage.name}; "
+                f"{_kept(stage.directory)}lower the learning rate (--{option}.learning_rate), or look at the data (NaN, "
+                "numbers beyond an embedding's table), and start again"
             )
         for each in stage.recorders:
             each.add(i, fetched)

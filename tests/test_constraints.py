@@ -120,8 +120,9 @@ def test_share_activations_alone_equals_brute_force():
         (["layer0=sharing"], "must be like"),
         (["lay(er=w4"], "not a regular expression"),
         (["conv=w4"], "matches no layer"),
-        (["first=w4"], "matches no layer"),
-        (["layer0=w8"], "leaves layer 'layer0' no bits"),
+        (["first=w4"], "matches no layer that is searched: 'first' is fixed at 8,8"),
+        (["last=8,8"], "'last' is fixed at float"),
+        (["layer0=w8"], 'train.py --quantize.rules "layer0=8,8"'),
         (["layer0=w3+", "layer=w2"], "'layer=w2' leaves layer 'layer0' no bits"),
     ],
 )

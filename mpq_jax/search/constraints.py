@@ -87,6 +87,16 @@ def check_search_rules(texts: Sequence[str], importance: Importance) -> None:
     """Raises Refusal for a rule that is not understood, matches no searched layer, or leaves a layer no bits."""
     searched = [layer.path for layer in importance.layers if layer.searched]
     rules = [parse_rule(text) for text in texts]
+    for rule in rules:
+        fixed = [(layer.path, layer.bits) for layer in importance.layers if layer.bits and not layer.searched]
+        fixed = [(path, bits) for path, bits in fixed if re.search(rule.pattern, path)]
+        if fixed and not any(re.search(rule.pattern, path) for path in searched):
+            path, bits = fixed[0]
+            shown = "float" if max(bits) >= 32 else f"{bits.w},{bits.a}"
+            raise Refusal(
+                f"rule {rule.text!r} matches no layer that is searched: {path!r} is fixed at {shown} since training "
+                "(--quantize.ends, --quantize.rules of train.py); leave the rule out, or train with other ones"
+            )
     check_rules([(rule.pattern, None) for rule in rules], searched)
     allowed_pairs(importance._replace(rules=tuple(texts)))
 
@@ -117,7 +127,8 @@ def allowed_pairs(importance: Importance) -> np.ndarray:
                 has_w, has_a = layer.candidates("weight", widths), layer.candidates("activation", activation_widths)
                 raise Refusal(
                     f"rule {rule.text!r} leaves layer {layer.path!r} no bits; its candidates are W "
-                    f"{'/'.join(map(str, has_w))}, A {'/'.join(map(str, has_a))}, and all rules that match hold together"
+                    f"{'/'.join(map(str, has_w))}, A {'/'.join(map(str, has_a))}, and all rules that match hold together; other "
+                    f'bits are for training: train.py --quantize.rules "{layer.path}=8,8", or --quantize.bit_widths'
                 )
     return allowed
 

@@ -45,7 +45,9 @@ def make_batch_statistics(model: QuantizedModel, task: Task, dropout: bool = Fal
 
     def updated(params: Any, stats: Any, policy: Any, inputs: Any, old: Any) -> Any:
         variables = {"params": params, **stats, "batch_stats": old}
-        _, new = model.apply(variables, policy, *inputs, mutable=["batch_stats"], rngs=rngs, **task.train_kwargs)
+        # All that training lets the model change: a counter beside the statistics, say.
+        mutable = sorted({"batch_stats", *stats})
+        _, new = model.apply(variables, policy, *inputs, mutable=mutable, rngs=rngs, **task.train_kwargs)
         return new["batch_stats"]
 
     def statistics(params: Any, stats: Any, policies: Mapping[str, Bits] | None, batch: Batch) -> Any:

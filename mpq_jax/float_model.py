@@ -93,13 +93,16 @@ def float_model(found: Any, where: str) -> FloatModel:
             )
     if model.correct is not None and model.loss is None:
         raise Refusal(f"{where} gave correct without loss; give both, or neither for classification by label")
-    flags = call_flags(module, is_nnx)
-    return model._replace(
-        inputs=inputs,
-        rngs=rngs,
-        train_kwargs=dict(flags[0] if model.train_kwargs is None else model.train_kwargs),
-        eval_kwargs=dict(flags[1] if model.eval_kwargs is None else model.eval_kwargs),
-    )
+    modes = call_flags(module, is_nnx)
+
+    def kwargs(given: Mapping[str, Any] | None, mode: Mapping[str, bool]) -> dict[str, Any]:
+        if given is None:
+            return dict(mode)
+        # An NNX module's own mode has to be set where the call's arguments do not say it.
+        return {**mode, **given} if is_nnx and not set(given) & set(FLAGS) else dict(given)
+
+    train_kwargs, eval_kwargs = kwargs(model.train_kwargs, modes[0]), kwargs(model.eval_kwargs, modes[1])
+    return model._replace(inputs=inputs, rngs=rngs, train_kwargs=train_kwargs, eval_kwargs=eval_kwargs)
 
 
 def call_flags(module: Any, is_nnx: bool) -> tuple[dict[str, bool], dict[str, bool]]:

@@ -38,6 +38,12 @@ def test_what_is_left_out_is_filled_in():
     assert (model.inputs, model.rngs, model.is_trained) == (("image",), ("dropout",), False)
     given = float_model(FloatModel(Flagged(), inputs="tokens", rngs="noise", eval_kwargs={"other": 1}), "m:f")
     assert (given.inputs, given.rngs, given.eval_kwargs) == (("tokens",), ("noise",), {"other": 1})
+    # An NNX module keeps its mode in itself: it is set, unless what is given sets it.
+    module = own_models.Net(10, 4, nnx.Rngs(0))
+    scaled = float_model(FloatModel(module, train_kwargs={"scale": 2.0}, eval_kwargs={"scale": 1.0}), "m:f")
+    assert scaled.train_kwargs == {"train": True, "scale": 2.0} and scaled.eval_kwargs == {"train": False, "scale": 1.0}
+    frozen = float_model(FloatModel(module, train_kwargs={"train": False}), "m:f")
+    assert frozen.train_kwargs == frozen.eval_kwargs == {"train": False}
     assert given.train_kwargs == model.train_kwargs
     trained = float_model((Flagged(), {"params": {}}), "m:f")
     assert trained.is_trained and trained.variables == {"params": {}}

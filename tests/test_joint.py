@@ -426,6 +426,28 @@ def test_batch_statistics_are_the_batches_own(net):
         np.testing.assert_allclose(found["bn"]["var"][i], out.var((0, 1, 2)), rtol=1e-3, atol=1e-5)
 
 
+class Counted(nn.Module):
+    """BatchNorm, and a collection of its own that training changes, too."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        count = self.variable("calls", "count", lambda: jnp.zeros((), jnp.int32))
+        if train:
+            count.value += 1
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.0, name="bn")(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(3)(nn.relu(x).mean((1, 2)))
+
+
+def test_batch_statistics_beside_another_collection_that_moves():
+    model = Counted()
+    quantized = quantize(model, BATCH["image"], bit_widths=WIDTHS)
+    variables = jax.jit(model.init)(jax.random.key(0), BATCH["image"])
+    stats = jax.tree.map(lambda x: jnp.stack([x] * 2), {name: variables[name] for name in ("batch_stats", "calls")})
+    found = jax.jit(evaluation.make_batch_statistics(quantized, TASK))(variables["params"], stats, None, BATCH)
+    _, moved = model.apply(variables, BATCH["image"], train=True, mutable=["batch_stats", "calls"])
+    jax.tree.map(lambda mine, own: np.testing.assert_allclose(mine[1], own, rtol=1e-5), found, moved["batch_stats"])
+
+
 class Kept(nn.Module):
     """Statistics that are no averages of batches: of a frozen layer, and a spectral norm's power iteration."""
 

@@ -97,15 +97,15 @@ def against_table(runs: Runs, net: str, base: str, text_of_base: str, others: Co
     return table([f"{text_of_base} minus", *levels], rows)
 
 
-def told_apart(runs: Runs, net: str, base: str = DEFAULT) -> dict[str, str]:
-    """Who is ahead of `base` by more than one standard error, at which budget, and how many comparisons there are.
+def told_apart(runs: Runs, net: str) -> dict[str, str]:
+    """Who is ahead of the default by more than one standard error, at which budget, and how many comparisons there are.
 
-    Of contestants with SEEDS in common with it. "ahead", "behind": of `base`, with its accuracy minus theirs; "count": of all.
+    Of contestants with SEEDS in common with it. "ahead", "behind": of it, with its accuracy minus theirs; "count": of all.
     """
     ahead, behind, count = [], 0, 0
     for budget, (name, text) in itertools.product(measured_budgets(runs, net), CONTESTANTS.items()):
-        found = np.array(proof_paper.paired(runs, net, budget, base, name))
-        if name == base or len(found) < SEEDS:
+        found = np.array(proof_paper.paired(runs, net, budget, DEFAULT, name))
+        if name == DEFAULT or len(found) < SEEDS:
             continue
         count += 1
         error = found.std(ddof=1) / np.sqrt(len(found))
@@ -168,12 +168,11 @@ def leads(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
         "unseen": {run: lines for run, lines in runs.items() if run[1] not in proof_alpha.CHOSEN_ON[run[0]]},
     }
     pairs = (
-        *(("output_fisher", base, LEVELS) for base in ("learned", "regression", "mpqco")),
+        *(("output_fisher", base, LEVELS) for base in ("learned", "regression")),
         ("output_fisher", "constant", proof_alpha.BITOPS),
         ("learned_third", "learned", proof_alpha.BITOPS),
         ("constant_third", "constant", proof_alpha.BITOPS),
         (DEFAULT, "output_fisher", proof_alpha.BITOPS),
-        (DEFAULT, "constant", proof_alpha.BITOPS),
     )
     values = {}
     for (which, own), (name, base, levels) in itertools.product(groups.items(), pairs):
@@ -181,7 +180,7 @@ def leads(runs: Runs, nets: Sequence[str]) -> dict[str, str]:
             for field, word in (("accuracy", ""), ("test_accuracy", " test")):
                 gains = over_budgets(own, group, name, field, base, levels)
                 values[f"{which} {where} {name} over {base}{word}"] = cell(gains, 2, 100, sign=True)
-                values[f"{which} {where} {name} over {base} runs"] = str(len(gains))
+            values[f"{which} {where} {name} over {base} runs"] = str(len(gains))  # either field's
     return values
 
 
